@@ -1,0 +1,1 @@
+"""The vocabulary of the cluster, pure: nodes, views of them, hashing."""

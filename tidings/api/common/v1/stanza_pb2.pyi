@@ -56,7 +56,7 @@ class _FeedEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeW
     FEED_PRESENCE: _Feed.ValueType  # 1
     """Presence that an account of a virtual host broadcasts, with its capabilities (XEP-0115)."""
     FEED_SESSION_END: _Feed.ValueType  # 2
-    """A session ended: `from` is its full JID, there are no bytes."""
+    """A session ended: `from_jid` is its full JID, there are no bytes."""
 
 class Feed(_Feed, metaclass=_FeedEnumTypeWrapper): ...
 
@@ -64,7 +64,7 @@ FEED_UNSPECIFIED: Feed.ValueType  # 0
 FEED_PRESENCE: Feed.ValueType  # 1
 """Presence that an account of a virtual host broadcasts, with its capabilities (XEP-0115)."""
 FEED_SESSION_END: Feed.ValueType  # 2
-"""A session ended: `from` is its full JID, there are no bytes."""
+"""A session ended: `from_jid` is its full JID, there are no bytes."""
 global___Feed = Feed
 
 @typing.final
@@ -84,8 +84,8 @@ class Envelope(google.protobuf.message.Message):
     KIND_FIELD_NUMBER: builtins.int
     TYPE_FIELD_NUMBER: builtins.int
     ID_FIELD_NUMBER: builtins.int
-    FROM_FIELD_NUMBER: builtins.int
-    TO_FIELD_NUMBER: builtins.int
+    FROM_JID_FIELD_NUMBER: builtins.int
+    TO_JID_FIELD_NUMBER: builtins.int
     TARGET_FIELD_NUMBER: builtins.int
     TARGET_EPOCH_FIELD_NUMBER: builtins.int
     DELIVERY_FIELD_NUMBER: builtins.int
@@ -110,7 +110,11 @@ class Envelope(google.protobuf.message.Message):
     """The type attribute as it was sent; empty when there was none."""
     id: builtins.str
     """The id attribute; empty when there was none."""
-    to: builtins.str
+    from_jid: builtins.str
+    """Addresses, normalised by RFC 7622. `from_jid` is the full JID of the session, never what the client
+    claimed; an empty `to_jid` means the sender's own account (RFC 6120 10.3).
+    """
+    to_jid: builtins.str
     target: builtins.str
     """The session that it is for, where that is known, with the epoch under which it was known."""
     target_epoch: builtins.int
@@ -149,7 +153,8 @@ class Envelope(google.protobuf.message.Message):
         kind: global___StanzaKind.ValueType = ...,
         type: builtins.str = ...,
         id: builtins.str = ...,
-        to: builtins.str = ...,
+        from_jid: builtins.str = ...,
+        to_jid: builtins.str = ...,
         target: builtins.str = ...,
         target_epoch: builtins.int = ...,
         delivery: builtins.int = ...,
@@ -162,7 +167,7 @@ class Envelope(google.protobuf.message.Message):
         stanza: builtins.bytes = ...,
         feed: global___Feed.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "from", b"from", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "received_unix_ms", b"received_unix_ms", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to", b"to", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "from_jid", b"from_jid", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "received_unix_ms", b"received_unix_ms", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to_jid", b"to_jid", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
 
 global___Envelope = Envelope
 

@@ -73,8 +73,8 @@ class AttachRequest(google.protobuf.message.Message):
 
     @property
     def envelopes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]:
-        """`kind`, `from`, `to` and `stanza` must be set; `type` and `id` as in the bytes; the bytes must be one
-        self-contained stanza. `from` and `to` stand in the bytes too.
+        """`stanza` must be set: one self-contained stanza with `from` and `to`. The router takes the other fields
+        from it.
         """
 
     @property

@@ -37,7 +37,7 @@ class ComponentServiceStub:
     batches of envelopes.
 
     Towards the component: stanzas for its domains and namespaces. It MUST answer each IQ of type get or
-    set once, with a result or an error. From the component: stanzas whose `from` lies in its domains, or
+    set once, with a result or an error. From the component: stanzas whose `from_jid` lies in its domains, or
     is the account's bare JID that a stanza in one of its namespaces was sent to. Others end the call
     with INVALID_ARGUMENT.
     Several instances may register the same domains; `routing_key` says which of them gets a stanza.
@@ -73,7 +73,7 @@ class ComponentServiceAsyncStub:
     batches of envelopes.
 
     Towards the component: stanzas for its domains and namespaces. It MUST answer each IQ of type get or
-    set once, with a result or an error. From the component: stanzas whose `from` lies in its domains, or
+    set once, with a result or an error. From the component: stanzas whose `from_jid` lies in its domains, or
     is the account's bare JID that a stanza in one of its namespaces was sent to. Others end the call
     with INVALID_ARGUMENT.
     Several instances may register the same domains; `routing_key` says which of them gets a stanza.
@@ -111,7 +111,7 @@ class ComponentServiceServicer(metaclass=abc.ABCMeta):
         batches of envelopes.
 
         Towards the component: stanzas for its domains and namespaces. It MUST answer each IQ of type get or
-        set once, with a result or an error. From the component: stanzas whose `from` lies in its domains, or
+        set once, with a result or an error. From the component: stanzas whose `from_jid` lies in its domains, or
         is the account's bare JID that a stanza in one of its namespaces was sent to. Others end the call
         with INVALID_ARGUMENT.
         Several instances may register the same domains; `routing_key` says which of them gets a stanza.

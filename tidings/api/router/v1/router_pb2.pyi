@@ -383,6 +383,7 @@ class StreamCommand(google.protobuf.message.Message):
     ELEMENT_FIELD_NUMBER: builtins.int
     SESSION_BOUND_FIELD_NUMBER: builtins.int
     CLOSE_FIELD_NUMBER: builtins.int
+    SET_READING_FIELD_NUMBER: builtins.int
     stream: builtins.int
     position: builtins.int
     """How many envelopes of this batch go before it."""
@@ -400,6 +401,8 @@ class StreamCommand(google.protobuf.message.Message):
     def session_bound(self) -> global___SessionBound: ...
     @property
     def close(self) -> global___CloseStream: ...
+    @property
+    def set_reading(self) -> global___SetReading: ...
     def __init__(
         self,
         *,
@@ -412,10 +415,11 @@ class StreamCommand(google.protobuf.message.Message):
         element: builtins.bytes = ...,
         session_bound: global___SessionBound | None = ...,
         close: global___CloseStream | None = ...,
+        set_reading: global___SetReading | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "position", b"position", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "stream", b"stream"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["features", "sasl_challenge", "sasl_success", "sasl_failure", "element", "session_bound", "close"] | None: ...
+    def HasField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "position", b"position", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading", "stream", b"stream"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["features", "sasl_challenge", "sasl_success", "sasl_failure", "element", "session_bound", "close", "set_reading"] | None: ...
 
 global___StreamCommand = StreamCommand
 
@@ -549,6 +553,23 @@ class CloseStream(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["condition", b"condition", "condition_text", b"condition_text", "keep_session", b"keep_session", "text", b"text"]) -> None: ...
 
 global___CloseStream = CloseStream
+
+@typing.final
+class SetReading(google.protobuf.message.Message):
+    """Back-pressure on one client: while its stanzas wait at the router, its socket is not read."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    READING_FIELD_NUMBER: builtins.int
+    reading: builtins.bool
+    def __init__(
+        self,
+        *,
+        reading: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reading", b"reading"]) -> None: ...
+
+global___SetReading = SetReading
 
 @typing.final
 class ForwardRequest(google.protobuf.message.Message):

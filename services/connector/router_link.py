@@ -1,0 +1,159 @@
+"""A connector's links to routers (router.v1 Attach)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamEvent
+from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
+from tidings.cluster.hashing import rendezvous
+from tidings.cluster.node import Node, NodeState
+from tidings.kit.link import INTERVAL, Outbox, in_order
+from tidings.kit.logging import get_logger
+from tidings.kit.rpc_errors import describe
+from tidings.kit.tasks import Tasks
+
+if TYPE_CHECKING:
+    from services.connector.streams import ClientStream, Streams
+    from tidings.kit.channel import Channels
+    from tidings.kit.membership import Member
+
+log = get_logger("connector")
+
+# Seconds for a router to answer the first request, and between two tries to reach one.
+WELCOME_TIMEOUT = 5.0
+RETRY = 0.5
+
+
+class RouterLink:
+    """One link to one router: sends what happens to streams, and does what the router answers."""
+
+    def __init__(self, streams: Streams, node: Node, local: bool) -> None:
+        self.node = node
+        self._streams = streams
+        self.outbox: Outbox[AttachRequest] = Outbox(AttachRequest, 0 if local else INTERVAL)
+        self.outbox.on_relief = self._relieved
+
+    @property
+    def congested(self) -> bool:
+        return self.outbox.congested
+
+    def event(self, stream: int) -> StreamEvent:
+        """An event of a stream, behind all its stanzas; the caller fills it in."""
+        batch = self.outbox.begin_item()
+        return batch.events.add(stream=stream, position=len(batch.envelopes))
+
+    def receive(self, response: AttachResponse) -> None:
+        """Takes a batch from the router."""
+        by_session = self._streams.by_session
+        if not response.commands:
+            for envelope in response.envelopes:
+                stream = by_session.get(envelope.target)
+                if stream is not None:
+                    stream.deliver(envelope.stanza)
+            return
+        for item in in_order(response.envelopes, response.commands):
+            if isinstance(item, Envelope):
+                stream = by_session.get(item.target)
+                if stream is not None:
+                    stream.deliver(item.stanza)
+            else:
+                stream = self._streams.get(item.stream)
+                if stream is not None:
+                    stream.command(item)
+
+    def _relieved(self) -> None:
+        for stream in self._streams:
+            if stream.link is self:
+                stream.router_relieved()
+
+
+class RouterLinks:
+    """Keeps a link to every router that serves, and picks one for each stream."""
+
+    def __init__(self, streams: Streams, member: Member, channels: Channels, own: Node, tasks: Tasks) -> None:
+        self._streams = streams
+        self._member = member
+        self._channels = channels
+        self._own = own
+        self._tasks = tasks
+        self._links: dict[str, RouterLink] = {}
+        self._running: set[str] = set()
+        self._attached = asyncio.Event()
+
+    def start(self) -> None:
+        self._member.on_change(lambda _view: self._look())
+        self._look()
+
+    def _look(self) -> None:
+        for node in self._member.view.with_service("router"):
+            if node.state in (NodeState.FAILED, NodeState.DRAINING) or node.incarnation in self._running:
+                continue
+            self._running.add(node.incarnation)
+            self._tasks.spawn(self._keep(node), f"link to router {node.hostname}")
+
+    async def attached(self) -> None:
+        """Waits until there is a router to serve streams."""
+        await self._attached.wait()
+
+    def choose(self, stream: ClientStream) -> RouterLink | None:
+        """The router for a new stream: the one in this process, else spread evenly."""
+        if self._own.incarnation in self._links:
+            return self._links[self._own.incarnation]
+        if not self._links:
+            return None
+        return self._links[rendezvous(f"{self._own.incarnation}/{stream.number}", sorted(self._links))]
+
+    async def _keep(self, node: Node) -> None:
+        """Attaches to a router, again and again, as long as it is in the view."""
+        try:
+            while self._member.view.by_incarnation(node.incarnation) is not None:
+                try:
+                    await self._attach(node)
+                except grpc.RpcError as error:
+                    log.debug("attach_failed", router=node.hostname, reason=describe(error))
+                except (OSError, asyncio.TimeoutError) as error:
+                    log.debug("attach_failed", router=node.hostname, reason=str(error))
+                await asyncio.sleep(RETRY)
+        finally:
+            self._running.discard(node.incarnation)
+
+    async def _attach(self, node: Node) -> None:
+        local = node.incarnation == self._own.incarnation
+        link = RouterLink(self._streams, node, local)
+        stub = RouterServiceStub(self._channels.to(node))
+        call: Any = stub.Attach()
+        hello = link.outbox.begin_item().hello
+        hello.connector_incarnation = self._own.incarnation
+        hello.view_version = self._member.view.version
+        writers = Tasks(lambda _name, _error: call.cancel())
+        writers.spawn(link.outbox.run(call.write), f"writes to router {node.hostname}")
+        try:
+            async with asyncio.timeout(WELCOME_TIMEOUT):
+                response = await call.read()
+            if response is grpc.aio.EOF:
+                return
+            self._links[node.incarnation] = link
+            self._attached.set()
+            log.debug("router_attached", router=node.hostname)
+            while response is not grpc.aio.EOF:
+                link.outbox.received = response.sequence
+                link.receive(response)
+                response = await call.read()
+        finally:
+            lost = self._links.pop(node.incarnation, None) is not None
+            if not self._links:
+                self._attached.clear()
+            call.cancel()
+            await writers.stop()
+            if lost:
+                log.info("router_lost", router=node.hostname)
+                for stream in self._streams:
+                    if stream.link is link:
+                        stream.router_lost()
+
+

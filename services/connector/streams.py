@@ -1,0 +1,414 @@
+"""The client streams of a connector: between a transport's bytes and a router's link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from services.connector.limits import Addresses, ClientLimits
+from tidings.api.router.v1.router_pb2 import StreamCommand, StreamEvent, TlsInfo, Transport
+from tidings.kit.logging import get_logger
+from tidings.kit.module import KINDS, NONZA
+from tidings.xmpp.errors import SaslError, StreamError
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.stream import (
+    NonzaReceived,
+    SaslAborted,
+    SaslInitiated,
+    SaslResponded,
+    ServerStream,
+    StanzaReceived,
+    StartTls,
+    StreamEnded,
+    StreamOpened,
+)
+
+if TYPE_CHECKING:
+    from services.connector.router_link import RouterLink
+
+log = get_logger("connector")
+
+# Seconds that a client has to answer our closing tag before the connection is dropped (RFC 6120 4.4).
+CLOSE_GRACE = 2.0
+
+
+class Connection(Protocol):
+    """What a stream needs of its transport."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def set_reading(self, reading: bool) -> None: ...
+
+    def send_queue_bytes(self) -> int: ...
+
+    @property
+    def slow(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    async def start_tls(self, host: str) -> bool: ...
+
+    @property
+    def peer(self) -> tuple[str, int]: ...
+
+
+class ClientStream:
+    """One client stream: gives the client's bytes to the protocol core, and what comes of them to the router."""
+
+    __slots__ = (
+        "_auth_timer", "_connection", "_core", "_counted", "_ended", "_held_by_rate", "_held_by_router",
+        "_limits", "_link", "_loop", "_streams", "_tls_info", "_window_bytes", "_window_ends", "_window_stanzas",
+        "account", "jid", "number", "session", "transport_kind",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        streams: Streams,
+        number: int,
+        connection: Connection,
+        core: ServerStream,
+        limits: ClientLimits,
+        tls_info: Callable[[], TlsInfo | None],
+        transport_kind: int = Transport.TRANSPORT_TCP,
+    ) -> None:
+        self._streams = streams
+        self.number = number
+        self._connection = connection
+        self._core = core
+        self._limits = limits
+        self._tls_info = tls_info
+        self.transport_kind = transport_kind
+        self._loop = asyncio.get_running_loop()
+        # The router that serves this stream, from its first header on.
+        self._link: RouterLink | None = None
+        self.session = ""
+        self.jid = ""
+        self.account = ""
+        self._ended = False
+        self._counted = False
+        self._held_by_rate = False
+        self._held_by_router = False
+        self._window_ends = 0.0
+        self._window_stanzas = 0
+        self._window_bytes = 0
+        self._auth_timer: asyncio.TimerHandle | None = None
+        if limits.auth_timeout:
+            self._auth_timer = self._loop.call_later(limits.auth_timeout, self._auth_took_too_long)
+
+    # --- from the transport ---
+
+    def received(self, data: bytes) -> None:
+        """Takes bytes of the client."""
+        if self._ended:
+            return
+        events = self._core.receive_data(data)
+        session = self.session
+        link = self._link
+        stanzas = 0
+        for event in events:
+            # A stanza of a bound session first: that is what nearly all events are.
+            if type(event) is StanzaReceived and session and link is not None:
+                stanzas += 1
+                element = event.element
+                attrs = element.attrs
+                raw = event.stamped
+                link.outbox.begin(len(raw)).add(
+                    origin=session,
+                    kind=KINDS[element.name],
+                    type=attrs.get("type", ""),
+                    id=attrs.get("id", ""),
+                    to_jid=attrs.get("to", ""),
+                    children=element.children,
+                    stanza=raw,
+                )
+            else:
+                self._event(event)
+                session = self.session
+                link = self._link
+        self._count(len(data), stanzas)
+        self._flush()
+
+    def _count(self, size: int, stanzas: int) -> None:
+        """Stops reading for the rest of the second when the client sends more than its limits."""
+        now = self._loop.time()
+        if now >= self._window_ends:
+            self._window_ends = now + 1.0
+            self._window_stanzas = stanzas
+            self._window_bytes = size
+        else:
+            self._window_stanzas += stanzas
+            self._window_bytes += size
+        limits = self._limits
+        if (
+            (limits.stanzas_per_second and self._window_stanzas > limits.stanzas_per_second)
+            or (limits.bytes_per_second and self._window_bytes > limits.bytes_per_second)
+        ) and not self._held_by_rate:
+            # What came beyond the limit is paid off with time: three seconds' worth waits three seconds.
+            overdraft = max(
+                self._window_stanzas / limits.stanzas_per_second if limits.stanzas_per_second else 0.0,
+                self._window_bytes / limits.bytes_per_second if limits.bytes_per_second else 0.0,
+            )
+            self._held_by_rate = True
+            self._streams.slowed += 1
+            self._set_reading()
+            self._loop.call_at(self._window_ends - 1.0 + overdraft, self._rate_over)
+
+    def _rate_over(self) -> None:
+        self._held_by_rate = False
+        self._set_reading()
+
+    def _set_reading(self) -> None:
+        if not self._ended:
+            congested = self._link is not None and self._link.congested
+            self._connection.set_reading(not (self._held_by_rate or self._held_by_router or congested))
+
+    def tls_started(self) -> None:
+        self._core.tls_started()
+
+    def disconnected(self, reason: str) -> None:
+        """The transport is gone."""
+        self._end(False, reason)
+
+    # --- what the core makes of it ---
+
+    def _event(self, event: Any) -> None:
+        kind = type(event)
+        if kind is StreamOpened:
+            self._opened(event)
+        elif kind is StartTls:
+            self._flush()
+            self._streams.spawn(self._connection.start_tls(self._core.host), f"starttls of stream {self.number}")
+        elif kind is SaslInitiated:
+            if (to_router := self._to_router()) is not None:
+                to_router.sasl_initiate.mechanism = event.mechanism
+                to_router.sasl_initiate.has_data = event.data is not None
+                to_router.sasl_initiate.data = event.data or b""
+        elif kind is SaslResponded:
+            if (to_router := self._to_router()) is not None:
+                to_router.sasl_response.data = event.data
+        elif kind is SaslAborted:
+            if (to_router := self._to_router()) is not None:
+                to_router.sasl_abort.SetInParent()
+        elif kind is StanzaReceived or kind is NonzaReceived:
+            if (to_router := self._to_router()) is not None:
+                element = event.element
+                stanza = to_router.stanza
+                stanza.kind = KINDS.get(element.name, NONZA)
+                stanza.type = element.attrs.get("type", "")
+                stanza.id = element.attrs.get("id", "")
+                stanza.to_jid = element.attrs.get("to", "")
+                stanza.children.extend(element.children)
+                stanza.stanza = element.raw if kind is NonzaReceived else event.stamped
+        elif kind is StreamEnded:
+            self._flush()
+            error: StreamError | None = event.error
+            self._end(error is None, "closed by the client" if error is None else error.condition)
+            self._connection.close()
+
+    def _to_router(self) -> StreamEvent | None:
+        return self._link.event(self.number) if self._link is not None else None
+
+    def _opened(self, event: StreamOpened) -> None:
+        if self._link is None:
+            self._link = self._streams.choose(self)
+            if self._link is None:
+                # No router to be had: the client should try again, perhaps at another connector.
+                self.close("internal-server-error", "no router is in reach; try again in a moment")
+                return
+        to_router = self._link.event(self.number)
+        opened = to_router.opened
+        opened.host = event.host
+        opened.lang = event.lang
+        opened.transport = self.transport_kind
+        host, port = self._connection.peer
+        opened.remote_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        opened.stream_id = self._core.id
+        tls = self._tls_info() if event.tls else None
+        if tls is not None:
+            opened.tls.CopyFrom(tls)
+
+    # --- from the router ---
+
+    def command(self, command: StreamCommand) -> None:
+        """Does what the router says."""
+        if self._ended:
+            return
+        which = command.WhichOneof("command")
+        if which == "features":
+            self._core.features(command.features.children)
+        elif which == "sasl_challenge":
+            self._core.challenge(command.sasl_challenge.data)
+        elif which == "sasl_success":
+            success = command.sasl_success
+            self.account = success.account
+            self._authenticated()
+            self._core.authenticated(success.data if success.has_data else None)
+        elif which == "sasl_failure":
+            failure = command.sasl_failure
+            for event in self._core.refuse(SaslError(failure.condition, failure.text)):
+                self._event(event)
+        elif which == "element":
+            self._core.send(command.element)
+        elif which == "session_bound":
+            bound = command.session_bound
+            self.session = bound.session
+            self.jid = bound.jid
+            self._streams.bound(self)
+            self._core.bound(Jid.parse(bound.jid), bound.reply)
+        elif which == "set_reading":
+            self._held_by_router = not command.set_reading.reading
+            self._set_reading()
+        elif which == "close":
+            close = command.close
+            self.close(close.condition, close.text, close.condition_text)
+            return
+        if not self.session:
+            # What the client sent ahead of an answer has waited for it.
+            for event in self._core.resume():
+                self._event(event)
+        self._flush()
+
+    def deliver(self, raw: bytes) -> None:
+        """Writes a stanza to the client."""
+        if self._ended:
+            return
+        connection = self._connection
+        connection.write(raw)
+        if connection.slow:
+            limit = self._limits.send_queue_bytes
+            if limit and connection.send_queue_bytes() > limit:
+                log.warning("client_does_not_read", jid=self.jid, bound=limit)
+                self._end(False, "the client does not read what is sent to it")
+                connection.abort()
+
+    # --- the end ---
+
+    def close(self, condition: str = "", text: str = "", condition_text: str = "") -> None:
+        """Ends the stream from our side: an error if there is a condition, then the closing tag."""
+        if self._ended:
+            return
+        error = StreamError(condition, text, content=condition_text) if condition else None
+        self._core.close(error)
+        self._flush()
+        self._end(False, condition or "closed by the server")
+        # RFC 6120 4.4: the client may still answer with its own closing tag; it gets a moment.
+        self._connection.close()
+
+    def refuse(self) -> None:
+        """Turns a connection away that has only just been made: its address has too many."""
+        self._ended = True
+        self._authenticated()
+        # RFC 6120 4.9.3.17; a header of ours goes before it (4.9.1.2).
+        self._core.close(StreamError("resource-constraint", "too many connections from this address"))
+        self._flush()
+        self._connection.close()
+
+    def router_lost(self) -> None:
+        """The link to the router is gone: this stream cannot go on."""
+        self._link = None
+        self.close("system-shutdown", "the router that served this stream is gone; please connect again")
+
+    def router_relieved(self) -> None:
+        self._set_reading()
+
+    def _auth_took_too_long(self) -> None:
+        self._auth_timer = None
+        self.close("connection-timeout", "authentication took too long")
+
+    def _authenticated(self) -> None:
+        if self._auth_timer is not None:
+            self._auth_timer.cancel()
+            self._auth_timer = None
+
+    def _flush(self) -> None:
+        data = self._core.data_to_send()
+        if data:
+            self._connection.write(data)
+
+    def _end(self, clean: bool, reason: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if self._auth_timer is not None:
+            self._auth_timer.cancel()
+            self._auth_timer = None
+        if self._link is not None:
+            closed = self._link.event(self.number).closed
+            closed.clean = clean
+            closed.reason = reason
+        self._streams.remove(self, reason)
+        self._link = None
+
+    # --- what others see of it ---
+
+    @property
+    def link(self) -> RouterLink | None:
+        return self._link
+
+    @property
+    def encrypted(self) -> bool:
+        return self._tls_info() is not None
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        return self._connection.peer
+
+    def send_queue_bytes(self) -> int:
+        return 0 if self._ended else self._connection.send_queue_bytes()
+
+
+class Streams:
+    """All client streams of a connector, by number and by session."""
+
+    def __init__(
+        self,
+        choose: Callable[[ClientStream], RouterLink | None],
+        addresses: Addresses,
+        spawn: Callable[[Any, str], Any],
+    ) -> None:
+        self.choose = choose
+        self.addresses = addresses
+        self.spawn = spawn
+        self._next = 0
+        self._by_number: dict[int, ClientStream] = {}
+        self.by_session: dict[str, ClientStream] = {}
+        # Totals for metrics.
+        self.opened = 0
+        self.refused = 0
+        self.slowed = 0
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def __iter__(self) -> Any:
+        return iter(list(self._by_number.values()))
+
+    def next_number(self) -> int:
+        self._next += 1
+        return self._next
+
+    def add(self, stream: ClientStream) -> None:
+        self.opened += 1
+        self._by_number[stream.number] = stream
+
+    def get(self, number: int) -> ClientStream | None:
+        return self._by_number.get(number)
+
+    def after(self, number: int, most: int) -> list[ClientStream]:
+        """The streams with higher numbers, at most so many."""
+        numbers = sorted(candidate for candidate in self._by_number if candidate > number)
+        return [self._by_number[candidate] for candidate in numbers[:most]]
+
+    def bound(self, stream: ClientStream) -> None:
+        self.by_session[stream.session] = stream
+
+    def remove(self, stream: ClientStream, reason: str) -> None:
+        if self._by_number.pop(stream.number, None) is None:
+            return
+        self.addresses.leave(stream.peer[0])
+        if stream.session:
+            self.by_session.pop(stream.session, None)
+        log.debug("stream_ended", stream=stream.number, jid=stream.jid, reason=reason)

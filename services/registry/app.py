@@ -1,0 +1,44 @@
+"""How the registry is put together."""
+
+from __future__ import annotations
+
+from services.registry.grpc_api import RegistryApi
+from services.registry.members import Members
+from services.registry.store_sql import SqlNodeStore
+from tidings.api.registry.v1.registry_pb2 import DESCRIPTOR
+from tidings.api.registry.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
+from tidings.kit.migrations import migrate
+from tidings.kit.service import Context
+
+
+def build(context: Context) -> Registry:
+    return Registry(context)
+
+
+class Registry:
+    """The registry service."""
+
+    def __init__(self, context: Context) -> None:
+        self._database = context.database
+        self._tasks = context.tasks
+        self._members = Members(
+            SqlNodeStore(context.database), context.node.incarnation, context.options["cluster-lease"]
+        )
+        context.server.add(
+            add_RegistryServiceServicer_to_server,
+            RegistryApi(self._members),
+            DESCRIPTOR.services_by_name["RegistryService"].full_name,
+        )
+        context.metrics.gauged("view_nodes", "Nodes in the registry's view", lambda: len(self._members.view))
+        context.metrics.gauged("view_version", "Version of the registry's view", lambda: self._members.view.version)
+
+    async def start(self) -> None:
+        await migrate(self._database, "registry", "services.registry:migrations")
+        await self._members.refresh()
+        self._tasks.spawn(self._members.run(), "registry: watch the table")
+
+    async def drain(self) -> None:
+        """Others ask another registry; nothing is to be handed over."""
+
+    async def stop(self) -> None:
+        """Its tasks belong to the process."""

@@ -1,0 +1,46 @@
+"""The tables of the registry. `cluster_nodes` is made to be read by hand: `select * from cluster_nodes`."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from tidings.kit.db import Text
+
+metadata = sa.MetaData()
+
+cluster_nodes = sa.Table(
+    "cluster_nodes",
+    metadata,
+    sa.Column("hostname", sa.String(255), primary_key=True),
+    sa.Column("secondary", sa.String(255), nullable=False, default=""),
+    # The fingerprint of the node's certificate: a name for it, and no secret.
+    sa.Column("password", sa.String(64), nullable=False, default=""),
+    # For people: no program compares it.
+    sa.Column("last_update", sa.DateTime, nullable=False),
+    sa.Column("port", sa.Integer, nullable=False),
+    sa.Column("cpu_usage", sa.Float, nullable=False, default=0.0),
+    sa.Column("mem_usage", sa.Float, nullable=False, default=0.0),
+    sa.Column("address", sa.String(255), nullable=False),
+    sa.Column("host", sa.String(255), nullable=False, default=""),
+    sa.Column("incarnation", Text(64), nullable=False),
+    sa.Column("beat", sa.BigInteger, nullable=False, default=0),
+    sa.Column("services", sa.String(1024), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("version", sa.String(64), nullable=False, default=""),
+    sa.Column("protocol", sa.Integer, nullable=False),
+    sa.Column("virt_hosts", sa.Text, nullable=False),
+    sa.Column("strategy", sa.String(255), nullable=False, default=""),
+    sa.Column("started", sa.DateTime, nullable=False),
+    sa.Column("certificate", sa.Text, nullable=False),
+)
+
+# Every change of the above, numbered: the number of the last one is the version of the view.
+cluster_changes = sa.Table(
+    "cluster_changes",
+    metadata,
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("hostname", sa.String(255), nullable=False),
+    sa.Column("incarnation", Text(64), nullable=False),
+    sa.Column("happened", sa.DateTime, nullable=False),
+)

@@ -1,0 +1,172 @@
+"""The nodes in the shared database."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.registry.schema import cluster_changes, cluster_nodes
+from services.registry.store import Change, ChangeKind
+from tidings.cluster.node import Node, NodeState
+from tidings.kit.db import Database
+from tidings.kit.pki import fingerprint
+
+# Older changes are forgotten; who watched so long ago begins anew with a snapshot.
+KEPT_CHANGES = 1000
+
+
+class SqlNodeStore:
+    """Satisfies `services.registry.store.NodeStore`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def join(self, node: Node, replaces: Node | None) -> int | None:
+        async def work(connection: AsyncConnection) -> int | None:
+            if replaces is not None:
+                removed = await connection.execute(
+                    cluster_nodes.delete().where(*_is(replaces.hostname, replaces.incarnation))
+                )
+                if not removed.rowcount:
+                    return None
+                failed = replaces.state is NodeState.FAILED
+                await _changed(connection, ChangeKind.LEFT if failed else ChangeKind.FAILED, replaces)
+            await connection.execute(cluster_nodes.insert().values(_row(node)))
+            return await _changed(connection, ChangeKind.JOINED, node)
+
+        try:
+            return await self._database.transaction(work)
+        except IntegrityError:
+            return None
+
+    async def beat(self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float) -> bool:
+        async def work(connection: AsyncConnection) -> bool:
+            here = (*_is(hostname, incarnation), cluster_nodes.c.state != NodeState.FAILED.value)
+            before = (await connection.execute(sa.select(cluster_nodes.c.state).where(*here))).scalar()
+            if before is None:
+                return False
+            updated = await connection.execute(
+                cluster_nodes.update()
+                .where(*here)
+                .values(
+                    beat=cluster_nodes.c.beat + 1, last_update=_now(), state=state.value,
+                    cpu_usage=cpu, mem_usage=memory,
+                )
+            )  # fmt: skip
+            if updated.rowcount and before != state.value:
+                kind = ChangeKind.DRAINING if state is NodeState.DRAINING else ChangeKind.BACK
+                await _changed_id(connection, kind, hostname, incarnation)
+            return bool(updated.rowcount)
+
+        return await self._database.transaction(work)
+
+    async def leave(self, hostname: str, incarnation: str) -> None:
+        await self._remove(hostname, incarnation)
+
+    async def remove_failed(self, hostname: str, incarnation: str) -> None:
+        await self._remove(hostname, incarnation, cluster_nodes.c.state == NodeState.FAILED.value)
+
+    async def _remove(self, hostname: str, incarnation: str, *where: sa.ColumnElement[bool]) -> None:
+        async def work(connection: AsyncConnection) -> None:
+            removed = await connection.execute(
+                cluster_nodes.delete().where(*_is(hostname, incarnation), *where)
+            )
+            if removed.rowcount:
+                await _changed_id(connection, ChangeKind.LEFT, hostname, incarnation)
+
+        await self._database.transaction(work)
+
+    async def mark(self, hostname: str, incarnation: str, beat: int, state: NodeState) -> bool:
+        async def work(connection: AsyncConnection) -> bool:
+            marked = await connection.execute(
+                cluster_nodes.update()
+                .where(
+                    *_is(hostname, incarnation),
+                    cluster_nodes.c.beat == beat,
+                    cluster_nodes.c.state.not_in((state.value, NodeState.FAILED.value)),
+                )
+                .values(state=state.value)
+            )
+            if not marked.rowcount:
+                return False
+            await _changed_id(connection, ChangeKind(state.value), hostname, incarnation)
+            return True
+
+        return await self._database.transaction(work)
+
+    async def nodes(self) -> tuple[int, list[Node]]:
+        async with self._database.read() as connection:
+            # The version first: a change between the two reads is then seen again, and never missed.
+            version = (await connection.execute(sa.select(sa.func.max(cluster_changes.c.version)))).scalar() or 0
+            rows = await connection.execute(sa.select(cluster_nodes).order_by(cluster_nodes.c.hostname))
+            return version, [_node(row._mapping) for row in rows]
+
+    async def changes(self, since: int) -> list[Change] | None:
+        async with self._database.read() as connection:
+            first, last = (
+                await connection.execute(
+                    sa.select(sa.func.min(cluster_changes.c.version), sa.func.max(cluster_changes.c.version))
+                )
+            ).one()
+            if since > (last or 0) or (first is not None and since < first - 1):
+                return None
+            rows = await connection.execute(
+                sa.select(cluster_changes).where(cluster_changes.c.version > since).order_by(cluster_changes.c.version)
+            )
+            return [Change(row.version, ChangeKind(row.kind), row.hostname, row.incarnation) for row in rows]
+
+
+def _is(hostname: str, incarnation: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return cluster_nodes.c.hostname == hostname, cluster_nodes.c.incarnation == incarnation
+
+
+async def _changed(connection: AsyncConnection, kind: ChangeKind, node: Node) -> int:
+    return await _changed_id(connection, kind, node.hostname, node.incarnation)
+
+
+async def _changed_id(connection: AsyncConnection, kind: ChangeKind, hostname: str, incarnation: str) -> int:
+    inserted = await connection.execute(
+        cluster_changes.insert().values(
+            kind=kind.value, hostname=hostname, incarnation=incarnation, happened=_now()
+        )
+    )
+    version = int(inserted.inserted_primary_key[0])
+    if version % 100 == 0:
+        await connection.execute(cluster_changes.delete().where(cluster_changes.c.version < version - KEPT_CHANGES))
+    return version
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+
+
+def _row(node: Node) -> dict[str, Any]:
+    started = datetime.datetime.fromtimestamp(node.started_unix_ms / 1000, datetime.UTC).replace(tzinfo=None)
+    return {
+        "hostname": node.hostname, "secondary": node.secondary, "address": node.address, "port": node.port,
+        "password": fingerprint(node.certificate.encode()) if node.certificate else "",
+        "last_update": _now(), "started": started, "host": node.host, "incarnation": node.incarnation,
+        "beat": 0, "cpu_usage": node.cpu_usage, "mem_usage": node.mem_usage,
+        "services": ",".join(node.services), "state": node.state.value, "version": node.version,
+        "protocol": node.protocol, "virt_hosts": ",".join(node.virtual_hosts), "strategy": node.strategy,
+        "certificate": node.certificate,
+    }  # fmt: skip
+
+
+def _unix_ms(time: datetime.datetime) -> int:
+    return int(time.replace(tzinfo=datetime.UTC).timestamp() * 1000)
+
+
+def _node(row: Any) -> Node:
+    return Node(
+        hostname=row["hostname"], secondary=row["secondary"], address=row["address"], port=row["port"],
+        host=row["host"], incarnation=row["incarnation"], beat=row["beat"],
+        services=tuple(row["services"].split(",")), state=NodeState(row["state"]), version=row["version"],
+        protocol=row["protocol"], virtual_hosts=tuple(row["virt_hosts"].split(",")), strategy=row["strategy"],
+        started_unix_ms=_unix_ms(row["started"]), last_update_unix_ms=_unix_ms(row["last_update"]),
+        cpu_usage=row["cpu_usage"], mem_usage=row["mem_usage"], certificate=row["certificate"],
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""The router's end of a connector's link (router.v1 Attach): its streams, and what goes to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from services.router.negotiation import Negotiation, Negotiator
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamCommand, StreamEvent
+from tidings.kit.link import Lane, Outbox, in_order
+from tidings.kit.logging import get_logger
+from tidings.kit.module import KINDS
+from tidings.xmpp.errors import StreamError
+from tidings.xmpp.parser import parse_stanza
+
+if TYPE_CHECKING:
+    from services.router.sessions import Session
+
+log = get_logger("router")
+
+
+class ConnectorLink:
+    """All streams of one connector that this router serves.
+
+    `trusted` says that the connector runs in this process. Another one's word is not taken: its stanzas are
+    parsed again, and their routing fields are taken from the bytes.
+    """
+
+    def __init__(
+        self,
+        negotiator: Negotiator,
+        outbox: Outbox[AttachResponse],
+        name: str,
+        incarnation: str,
+        trusted: bool,
+        spawn: Callable[[Any, str], Any],
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self._negotiator = negotiator
+        self._outbox = outbox
+        self._trusted = trusted
+        self._spawn = spawn
+        self._streams: dict[int, Negotiation] = {}
+        self._sessions: dict[str, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    # --- from the connector ---
+
+    def receive(self, request: AttachRequest) -> None:
+        """Takes a batch; returns when all of it is worked off or waits in a lane."""
+        now = int(time.time() * 1000)
+        if not request.events:
+            for envelope in request.envelopes:
+                self._stanza(envelope, now)
+            return
+        for item in in_order(request.envelopes, request.events):
+            if isinstance(item, Envelope):
+                self._stanza(item, now)
+            else:
+                self._event(item, now)
+
+    def _stanza(self, envelope: Envelope, now: int) -> None:
+        session = self._sessions.get(envelope.origin)
+        if session is None:
+            return  # it has ended, and the connector does not know yet
+        if not self._trusted and not _verified(envelope, session.jid_text):
+            log.error("connector_lied", connector=self.name, session=session.id)
+            self.close(session.stream, "internal-server-error", "the stanza did not arrive whole")
+            return
+        envelope.from_jid = session.jid_text
+        envelope.received_unix_ms = now
+        lane = session.lane
+        if lane.waiting is not None:
+            lane.run(self._negotiator.routing.from_session, session, envelope)
+            return
+        pending = self._negotiator.routing.from_session(session, envelope)
+        if pending is not None:
+            lane.hold(pending)
+
+    def _event(self, event: StreamEvent, now: int) -> None:
+        number = event.stream
+        which = event.WhichOneof("event")
+        if which == "opened" and number not in self._streams:
+            self._streams[number] = Negotiation(self, number, Lane(self._spawn))
+        stream = self._streams.get(number)
+        if stream is None:
+            return  # closed by us meanwhile
+        if which == "opened":
+            stream.lane.run(self._negotiator.opened, stream, event.opened)
+        elif which == "sasl_initiate":
+            stream.lane.run(self._negotiator.sasl_initiate, stream, event.sasl_initiate)
+        elif which == "sasl_response":
+            stream.lane.run(self._negotiator.sasl_response, stream, event.sasl_response.data)
+        elif which == "sasl_abort":
+            stream.lane.run(self._negotiator.sasl_abort, stream)
+        elif which == "stanza":
+            if not self._trusted and not _verified(event.stanza, None):
+                self.close(number, "internal-server-error", "the stanza did not arrive whole")
+                return
+            event.stanza.received_unix_ms = now
+            stream.lane.run(self._negotiator.stanza, stream, event.stanza)
+        elif which == "closed":
+            self._streams.pop(number, None)
+            log.debug("stream_closed", stream=number, clean=event.closed.clean, reason=event.closed.reason)
+            session = stream.session
+            if session is not None:
+                session.lane.run(self._negotiator.end, session)
+            else:
+                stream.lane.run(self._negotiator.bind_abandoned, stream)
+
+    def closed(self) -> None:
+        """The link is gone, and with it all its streams."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            if stream.session is not None:
+                stream.session.lane.run(self._negotiator.end, stream.session)
+            else:
+                stream.lane.run(self._negotiator.bind_abandoned, stream)
+
+    # --- to the connector ---
+
+    def deliver(self, session: Session, envelope: Envelope) -> None:
+        """Writes a stanza to the session's stream."""
+        raw = envelope.stanza
+        self._outbox.begin(len(raw)).add(
+            target=session.id, delivery=session.delivered, kind=envelope.kind, stanza=raw
+        )
+
+    def command(self, stream: int) -> StreamCommand:
+        """A command for a stream, behind all that was written before; the caller fills it in."""
+        batch = self._outbox.begin_item()
+        return batch.commands.add(stream=stream, position=len(batch.envelopes))
+
+    def close(self, stream: int, condition: str, text: str = "") -> None:
+        close = self.command(stream).close
+        close.condition = condition
+        close.text = text
+
+    def bound(self, session: Session, reply: bytes) -> None:
+        """The stream has a session now; `reply` is the result of its bind request."""
+        self._sessions[session.id] = session
+        bound = self.command(session.stream).session_bound
+        bound.session = session.id
+        bound.epoch = session.epoch
+        bound.jid = session.jid_text
+        bound.reply = reply
+        number = session.stream
+        session.lane.on_long = lambda: self._set_reading(number, False)
+        session.lane.on_short = lambda: self._set_reading(number, True)
+
+    def unbound(self, session: Session) -> None:
+        """The session has ended: nothing more comes from it."""
+        self._sessions.pop(session.id, None)
+
+    def _set_reading(self, stream: int, reading: bool) -> None:
+        self.command(stream).set_reading.reading = reading
+
+
+def _verified(envelope: Envelope, from_jid: str | None) -> bool:
+    """Puts the routing fields of the bytes into the envelope; False when the bytes are not what they must be."""
+    try:
+        element = parse_stanza(envelope.stanza)
+    except StreamError:
+        return False
+    if element.name not in KINDS:
+        return False
+    attrs = element.attrs
+    if from_jid is not None and attrs.get("from") != from_jid:
+        return False
+    envelope.kind = KINDS[element.name]
+    envelope.type = attrs.get("type", "")
+    envelope.id = attrs.get("id", "")
+    envelope.to_jid = attrs.get("to", "")
+    del envelope.children[:]
+    envelope.children.extend(element.children)
+    return True
+
+

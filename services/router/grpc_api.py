@@ -1,0 +1,73 @@
+"""RouterService: takes the links of connectors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from services.router.connector_link import ConnectorLink
+from services.router.negotiation import Negotiator
+from tidings.api.common.v1.error_pb2 import ErrorReason
+from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse
+from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer
+from tidings.kit.grpc_server import current_caller
+from tidings.kit.link import INTERVAL, Outbox, Overflow
+from tidings.kit.logging import get_logger
+from tidings.kit.rpc_errors import TidingsError
+from tidings.kit.tasks import Tasks
+
+log = get_logger("router")
+
+
+class RouterApi(RouterServiceServicer):
+    """Serves router.v1. `ready` says whether the router takes links now."""
+
+    def __init__(
+        self, incarnation: str, negotiator: Negotiator, spawn: Callable[[Any, str], Any], ready: Callable[[], bool]
+    ) -> None:
+        self._incarnation = incarnation
+        self._negotiator = negotiator
+        self._spawn = spawn
+        self._ready = ready
+        self.links: set[ConnectorLink] = set()
+
+    async def Attach(  # noqa: N802 - the name is the proto's
+        self, request_iterator: AsyncIterator[AttachRequest], context: Any
+    ) -> None:
+        if not self._ready():
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the router is starting or stopping")
+        caller = current_caller(context)
+        first = await context.read()
+        if first is grpc.aio.EOF or not first.HasField("hello"):
+            raise TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, "the first request must carry `hello`")
+        local = caller.kind == "local"
+        incarnation = first.hello.connector_incarnation
+        if not local and incarnation != caller.incarnation:
+            raise TidingsError(
+                ErrorReason.ERROR_REASON_NOT_ALLOWED, "`connector_incarnation` is not the caller's own"
+            )
+        # Responses are built by hand, so that the stream's own types need no adapter.
+        outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0 if local else INTERVAL)
+        link = ConnectorLink(self._negotiator, outbox, caller.name, incarnation, local, self._spawn)
+        welcome = outbox.begin_item().welcome
+        welcome.router_incarnation = self._incarnation
+        welcome.fresh = True
+        writers = Tasks(lambda _name, _error: context.cancel() if hasattr(context, "cancel") else None)
+        self.links.add(link)
+        log.debug("connector_attached", connector=caller.name, incarnation=incarnation)
+        writers.spawn(outbox.run(context.write), f"link to {caller.name}")
+        try:
+            request = first
+            while request is not grpc.aio.EOF:
+                outbox.received = request.sequence
+                link.receive(request)
+                request = await context.read()
+        except Overflow as error:
+            log.error("connector_does_not_read", connector=caller.name, reason=str(error))
+        finally:
+            self.links.discard(link)
+            log.debug("connector_detached", connector=caller.name, incarnation=incarnation)
+            link.closed()
+            await writers.stop()

@@ -1,0 +1,115 @@
+"""Loads the router's modules: built-in ones and those of outsiders come through the same entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from services.router.component_links import ComponentLinks
+from services.router.negotiation import Negotiator
+from services.router.routing import Routing
+from services.router.sessions import Session
+from services.router.store import AccountStore
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.link import Lane
+from tidings.kit.logging import get_logger
+from tidings.kit.module import GROUP, Hooks, Module, ModuleSpec
+from tidings.xmpp.jid import Jid
+
+if TYPE_CHECKING:
+    from tidings.kit.metrics import Metrics
+    from tidings.kit.options import Options
+
+log = get_logger("router")
+
+P = TypeVar("P")
+
+
+def installed() -> list[ModuleSpec]:
+    """The installed modules, each behind those that it needs."""
+    specs: dict[str, ModuleSpec] = {}
+    for entry in entry_points(group=GROUP):
+        spec = cast(ModuleSpec, entry.load())
+        if spec.name in specs:
+            raise RuntimeError(f"two installed packages offer a router module named {spec.name!r}")
+        specs[spec.name] = spec
+    ordered: list[ModuleSpec] = []
+    visiting: list[str] = []
+
+    def visit(name: str) -> None:
+        spec = specs.get(name)
+        if spec is None:
+            raise RuntimeError(f"the router module {visiting[-1]!r} needs {name!r}, which is not installed")
+        if name in visiting:
+            raise RuntimeError(f"router modules need each other in a circle: {' -> '.join([*visiting, name])}")
+        if spec in ordered:
+            return
+        visiting.append(name)
+        for needed in spec.needs:
+            visit(needed)
+        visiting.pop()
+        ordered.append(spec)
+
+    for name in sorted(specs):
+        visit(name)
+    return ordered
+
+
+class RouterForModules:
+    """What modules may ask of the router (`tidings.kit.module.RouterPort`)."""
+
+    def __init__(
+        self,
+        routing: Routing,
+        accounts: AccountStore,
+        components: ComponentLinks,
+        stores: Mapping[type[Any], Any],
+        negotiator: Negotiator,
+        spawn: Callable[[Any, str], Any],
+    ) -> None:
+        self._routing = routing
+        self._accounts = accounts
+        self._components = components
+        self._stores = stores
+        self._negotiator = negotiator
+        self._spawn = spawn
+        # What modules send goes in order, each stanza behind those before it.
+        self._lane = Lane(spawn)
+
+    def sessions(self, account: str) -> Mapping[str, Session]:
+        return self._routing.sessions(account)
+
+    def route(self, envelope: Envelope) -> None:
+        self._lane.run(self._routing.route, envelope)
+
+    def deliver(self, session: Session, envelope: Envelope) -> None:
+        self._routing.deliver(session, envelope)
+
+    def hold(self, session: Session) -> None:
+        self._routing.hold(session)
+
+    def release(self, session: Session) -> None:
+        self._routing.release(session)
+
+    async def account_exists(self, jid: Jid) -> bool:
+        return await self._accounts.exists(jid.domain, jid.local)
+
+    def delete_account(self, account: Jid) -> None:
+        self._spawn(self._negotiator.delete_account(account), "delete account")
+
+    def store(self, port: type[P]) -> P:
+        return cast(P, self._stores[port])
+
+    def components(self) -> Mapping[str, str]:
+        return self._components.titles()
+
+
+def load(specs: list[ModuleSpec], hooks: Hooks, router: RouterForModules, options: Options, metrics: Metrics) -> None:
+    """Loads modules in this order."""
+    for spec in specs:
+        module = Module(spec, hooks, cast(Any, router), options, metrics, log.bind(module=spec.name))
+        spec.load(module)
+        log.debug("module_loaded", module=spec.name, xep=spec.xep)
+
+

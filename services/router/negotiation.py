@@ -1,0 +1,254 @@
+"""What a stream goes through before it has a session: features, authentication, binding (RFC 6120 6, 7)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from services.router.authentication import Authentication, Exchange, Success
+from services.router.sessions import Session, Sessions, new_id
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import SaslInitiate, StreamOpened
+from tidings.kit.db import DatabaseAway
+from tidings.kit.link import Lane
+from tidings.kit.logging import get_logger
+from tidings.kit.module import IQ, KIND_NAMES, Hooks, Stanza
+from tidings.xmpp import ns
+from tidings.xmpp.errors import SaslError, StanzaError
+from tidings.xmpp.jid import Jid, JidError
+from tidings.xmpp.stanza import error_stanza, escape_text, iq_result
+
+if TYPE_CHECKING:
+    from services.router.connector_link import ConnectorLink
+    from services.router.routing import Routing
+    from services.router.store import AccountStore
+
+log = get_logger("router")
+
+BIND = f"{{{ns.BIND}}}bind"
+
+# Sessions of one account at one time: stops a stolen or broken client from filling memory by binding on.
+MAX_SESSIONS_PER_ACCOUNT = 100
+
+
+class Negotiation:
+    """The router's view of one stream."""
+
+    __slots__ = ("account", "exchange", "info", "lane", "link", "number", "session")
+
+    def __init__(self, link: ConnectorLink, number: int, lane: Lane) -> None:
+        self.link = link
+        self.number = number
+        self.lane = lane
+        # As the last stream header said.
+        self.info = StreamOpened()
+        # While SASL goes on.
+        self.exchange: Exchange | None = None
+        # Whom it authenticated as.
+        self.account: Jid | None = None
+        self.session: Session | None = None
+
+
+class Negotiator:
+    """Leads streams to their sessions. One for each router.
+
+    Its methods are steps of the stream's lane: they return None, or an awaitable that the lane waits for.
+    """
+
+    def __init__(
+        self,
+        routing: Routing,
+        sessions: Sessions,
+        hooks: Hooks,
+        authentication: Authentication,
+        accounts: AccountStore,
+        spawn: Callable[[Any, str], Any],
+    ) -> None:
+        self.routing = routing
+        self._sessions = sessions
+        self._hooks = hooks
+        self._authentication = authentication
+        self._accounts = accounts
+        self._spawn = spawn
+
+    # --- features ---
+
+    def opened(self, stream: Negotiation, opened: StreamOpened) -> None:
+        """RFC 6120 4.3.2: what the stream may do next."""
+        stream.info = opened
+        parts: list[bytes] = []
+        authenticated = stream.account is not None
+        if authenticated:
+            parts.append(b"<bind xmlns='%b'/>" % ns.BIND.encode())
+        else:
+            parts.append(self._authentication.features(opened))
+        parts.extend(
+            make(opened.host) for after, make in self._hooks.stream_features if after is authenticated
+        )
+        stream.link.command(stream.number).features.children = b"".join(parts)
+
+    # --- SASL ---
+
+    def sasl_initiate(self, stream: Negotiation, initiate: SaslInitiate) -> Awaitable[None]:
+        return self._sasl(stream, initiate.mechanism, initiate.data if initiate.has_data else None)
+
+    def sasl_response(self, stream: Negotiation, data: bytes) -> Awaitable[None]:
+        return self._sasl(stream, "", data)
+
+    def sasl_abort(self, stream: Negotiation) -> None:
+        """RFC 6120 6.4.4."""
+        stream.exchange = None
+        self._sasl_failed(stream, SaslError("aborted"))
+
+    async def _sasl(self, stream: Negotiation, mechanism: str, data: bytes | None) -> None:
+        try:
+            if mechanism:
+                stream.exchange = self._authentication.begin(mechanism, stream.info)
+                if data is None:
+                    # RFC 6120 6.4.2: the mechanism wants a first message, and gets it in the next round.
+                    stream.link.command(stream.number).sasl_challenge.data = b""
+                    return
+            if stream.exchange is None:
+                raise SaslError("malformed-request", "no exchange is going on")
+            answer = await stream.exchange.step(data or b"")
+        except SaslError as error:
+            stream.exchange = None
+            self._sasl_failed(stream, error)
+        except DatabaseAway:
+            stream.exchange = None
+            self._sasl_failed(stream, SaslError("temporary-auth-failure", "try again in a moment"))
+        except Exception:
+            stream.exchange = None
+            log.exception("authentication_broke", stream=stream.number)
+            self._sasl_failed(stream, SaslError("temporary-auth-failure"))
+        else:
+            if isinstance(answer, Success):
+                stream.exchange = None
+                stream.account = answer.account
+                success = stream.link.command(stream.number).sasl_success
+                success.account = str(answer.account)
+                if answer.data is not None:
+                    success.has_data = True
+                    success.data = answer.data
+            else:
+                stream.link.command(stream.number).sasl_challenge.data = answer
+
+    def _sasl_failed(self, stream: Negotiation, error: SaslError) -> None:
+        log.info(
+            "authentication_failed",
+            condition=error.condition, reason=error.text, remote=stream.info.remote_address,
+        )  # fmt: skip
+        failure = stream.link.command(stream.number).sasl_failure
+        failure.condition = error.condition
+        # Never the text: it could tell an unknown name from a wrong password.
+
+    # --- stanzas before there is a session ---
+
+    def stanza(self, stream: Negotiation, envelope: Envelope) -> Awaitable[None] | None:
+        if stream.session is not None:
+            # Sent before the client could know that it is bound; it is, so it counts.
+            envelope.from_jid = stream.session.jid_text
+            return self.routing.from_session(stream.session, envelope)
+        if envelope.kind != IQ:
+            stream.link.close(stream.number, "not-authorized")
+            return None
+        return self._request(stream, envelope)
+
+    async def _request(self, stream: Negotiation, envelope: Envelope) -> None:
+        try:
+            if envelope.type not in ("get", "set") or len(envelope.children) != 1 or not envelope.id:
+                raise StanzaError("bad-request")
+            if envelope.to_jid and Jid.parse(envelope.to_jid) not in self._own_addresses(stream):
+                # RFC 6120 7.1: nothing for others before the stream is bound.
+                stream.link.close(stream.number, "not-authorized")
+                return
+            payload = envelope.children[0]
+            if stream.account is not None and (envelope.type, payload) == ("set", BIND):
+                await self._bind(stream, Stanza(envelope))
+                return
+            answer = self._hooks.early_iq.get((envelope.type, payload))
+            if answer is None or stream.account is not None:
+                stream.link.close(stream.number, "not-authorized")
+                return
+            result = answer(Stanza(envelope), stream.info.host)
+            body = await result if inspect.isawaitable(result) else result
+            stream.link.command(stream.number).element = iq_result(envelope.id, "", envelope.to_jid, body)
+        except (StanzaError, JidError, DatabaseAway) as error:
+            self._refuse(stream, envelope, error)
+        except Exception:
+            log.exception("request_failed", payload=list(envelope.children))
+            self._refuse(stream, envelope, StanzaError("internal-server-error"))
+
+    def _own_addresses(self, stream: Negotiation) -> tuple[Jid, ...]:
+        server = Jid("", stream.info.host, "")
+        return (server,) if stream.account is None else (server, stream.account)
+
+    def _refuse(self, stream: Negotiation, envelope: Envelope, error: Exception) -> None:
+        if isinstance(error, DatabaseAway):
+            error = StanzaError("resource-constraint", "the server's storage does not answer", type="wait")
+        elif isinstance(error, JidError):
+            error = StanzaError("jid-malformed")
+        assert isinstance(error, StanzaError)
+        stream.link.command(stream.number).element = error_stanza(
+            KIND_NAMES[envelope.kind], envelope.id, error, from_=envelope.to_jid, to=""
+        )
+
+    # --- binding (RFC 6120 7) ---
+
+    async def _bind(self, stream: Negotiation, request: Stanza) -> None:
+        account = stream.account
+        assert account is not None
+        wanted = request.payload.findtext(f"{{{ns.BIND}}}resource") or ""
+        jid = account.with_resource(wanted or new_id())
+        while (present := self._sessions.of(str(account)).get(jid.resource)) is not None:
+            # 7.7.2.2: the newcomer wins, so that a client whose old connection hangs gets in again.
+            log.info("resource_conflict", account=str(account))
+            present.link.close(present.stream, "conflict", "replaced by a new connection")
+            await self.end(present)
+        if len(self._sessions.of(str(account))) >= MAX_SESSIONS_PER_ACCOUNT:
+            raise StanzaError("resource-constraint", "too many sessions of this account", type="wait")
+        session = Session(jid, stream.info.lang, stream.link, stream.number, self._spawn)
+        self._sessions.add(session)
+        stream.session = session
+        payload = b"<bind xmlns='%b'><jid>%b</jid></bind>" % (
+            ns.BIND.encode(), escape_text(session.jid_text).encode(),
+        )  # fmt: skip
+        stream.link.bound(session, iq_result(request.id, "", "", payload))
+        log.debug("session_bound", session=session.id, account=session.account)
+        for handler in self._hooks.session_started:
+            result = handler(session)
+            if result is not None:
+                await result
+
+    def bind_abandoned(self, stream: Negotiation) -> Awaitable[None] | None:
+        """The stream closed while a bind request may have waited in its lane."""
+        return self.end(stream.session) if stream.session is not None else None
+
+    # --- the end of a session ---
+
+    async def end(self, session: Session) -> None:
+        """Ends a session, once; who was told that it is available is told that it is not."""
+        if not self._sessions.remove(session):
+            return
+        session.link.unbound(session)
+        was_available = session.presence is not None
+        for handler in self._hooks.session_ended:
+            try:
+                result = handler(session, was_available)
+                if result is not None:
+                    await result
+            except Exception:
+                log.exception("session_end_failed", session=session.id)
+
+    async def delete_account(self, account: Jid) -> None:
+        """Ends an account's sessions, removes what modules store for it, then the account itself."""
+        for session in list(self._sessions.of(str(account)).values()):
+            session.link.close(session.stream, "not-authorized", "the account was removed")
+            await self.end(session)
+        for handler in self._hooks.account_deleted:
+            result = handler(account)
+            if result is not None:
+                await result
+        await self._accounts.delete(account.domain, account.local)
+        log.info("account_deleted", account=str(account))

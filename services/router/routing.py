@@ -1,0 +1,357 @@
+"""The way of a stanza through a router.
+
+From a session: `from_session` numbers it, shows it to the modules that asked for it, and routes it by its
+address: the server itself, a local account, a component, or nobody. What a local account gets follows
+`delivery`. Forwarding a message builds no tree: only modules that consume a stanza parse it.
+
+Everything is synchronous until a module or the database must be waited for; then the sending session's
+later stanzas wait in its lane, and nothing overtakes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from services.router import delivery
+from services.router.delivery import Action, Addressed
+from services.router.sessions import Session, Sessions
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.db import DatabaseAway
+from tidings.kit.logging import get_logger
+from tidings.kit.module import IQ, KIND_NAMES, MESSAGE, PRESENCE, Hooks, Stanza, StanzaHandler, Where
+from tidings.xmpp.errors import StanzaError
+from tidings.xmpp.jid import Jid, JidError
+from tidings.xmpp.stanza import error_stanza, iq_result
+
+if TYPE_CHECKING:
+    from services.router.store import AccountStore
+
+log = get_logger("router")
+
+Pending = Awaitable[None] | None
+
+# Stanzas that may be held back while a session gets its stored messages; a session that gets more than
+# this meanwhile loses the rest, as with a full send queue: it stops the growth by a flood during log-in.
+MAX_HELD = 10_000
+
+REQUESTS = ("get", "set")
+# RFC 6121 4.7.1; presence without a type is available.
+PRESENCE_TYPES = frozenset(
+    ("", "unavailable", "subscribe", "subscribed", "unsubscribe", "unsubscribed", "probe", "error")
+)
+
+
+class Components(Protocol):
+    """The component services that are attached, as the routing sees them."""
+
+    def send(self, domain: str, envelope: Envelope) -> bool:
+        """Hands a stanza to the component of a domain; False when none serves it."""
+
+    def send_for_account(self, envelope: Envelope) -> bool:
+        """Hands an IQ for an account to the component that serves its payload's namespace, if any."""
+
+
+class Routing:
+    """Routes stanzas. One for each router."""
+
+    def __init__(
+        self,
+        hosts: frozenset[str],
+        sessions: Sessions,
+        hooks: Hooks,
+        accounts: AccountStore,
+        components: Components,
+    ) -> None:
+        self.hosts = hosts
+        self._sessions = sessions
+        self._hooks = hooks
+        self._accounts = accounts
+        self._components = components
+        # For metrics: stanzas by what became of them.
+        self.received = 0
+        self.delivered = 0
+        self.bounced = 0
+
+    # --- in ---
+
+    def from_session(self, session: Session, envelope: Envelope) -> Pending:
+        """Takes a stanza that a session sent; `from_jid` has been set to the session's full JID."""
+        session.number = envelope.number = session.number + 1
+        self.received += 1
+        kind = envelope.kind
+        try:
+            if envelope.to_jid:
+                to = Jid.parse(envelope.to_jid)
+            else:
+                to = session.jid.bare
+            if kind != MESSAGE:
+                _check(envelope)
+            handlers = self._hooks.sent.get(kind)
+            if handlers is not None:
+                # Only kinds that a module watches are wrapped: messages mostly are not.
+                stanza = Stanza(envelope, session)
+                rest = self._offer(handlers, stanza, 0)
+                if rest is not True:
+                    return None if rest is False else self._finish(rest, stanza, to)
+            return self._by_address(envelope, to, session)
+        except (StanzaError, JidError) as error:
+            self._refuse(envelope, error)
+            return None
+        except Exception:
+            self._failed(envelope)
+            return None
+
+    def route(self, envelope: Envelope) -> Pending:
+        """Takes a stanza from a module, a component or another router."""
+        try:
+            return self._by_address(envelope, Jid.parse(envelope.to_jid), None)
+        except (StanzaError, JidError) as error:
+            self._refuse(envelope, error)
+            return None
+        except Exception:
+            self._failed(envelope)
+            return None
+
+    async def _finish(self, rest: Awaitable[bool], stanza: Stanza, to: Jid) -> None:
+        """Goes on with a stanza after the modules that had to wait."""
+        envelope = stanza.envelope
+        try:
+            if await rest:
+                pending = self._by_address(envelope, to, None)
+                if pending is not None:
+                    await pending
+        except (StanzaError, JidError, DatabaseAway) as error:
+            self._refuse(envelope, error)
+        except Exception:
+            self._failed(envelope)
+
+    def _offer(
+        self, handlers: list[tuple[frozenset[str], StanzaHandler]], stanza: Stanza, start: int
+    ) -> bool | Awaitable[bool]:
+        """Shows a stanza to handlers; True when none consumed it. An awaitable of that when one waits."""
+        for index in range(start, len(handlers)):
+            children, handler = handlers[index]
+            if children and children.isdisjoint(stanza.children):
+                continue
+            consumed = handler(stanza)
+            if consumed is True:
+                return False
+            if consumed is not False:
+                return self._offer_rest(consumed, handlers, stanza, index + 1)
+        return True
+
+    async def _offer_rest(
+        self,
+        waiting: Awaitable[bool],
+        handlers: list[tuple[frozenset[str], StanzaHandler]],
+        stanza: Stanza,
+        start: int,
+    ) -> bool:
+        if await waiting:
+            return False
+        rest = self._offer(handlers, stanza, start)
+        return rest if isinstance(rest, bool) else await rest
+
+    # --- by address ---
+
+    def _by_address(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
+        if to.domain in self.hosts:
+            if to.local:
+                return self._to_account(envelope, to, session)
+            return self._to_server(envelope, to, session)
+        if self._components.send(to.domain, envelope):
+            return None
+        # RFC 6120 10.4: no way to that domain (federation is not there yet).
+        raise StanzaError("remote-server-not-found")
+
+    def _to_server(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
+        """RFC 6120 10.3, 10.5.1: stanzas for the server itself."""
+        if envelope.kind == IQ:
+            if envelope.type in REQUESTS:
+                return self._request(envelope, Where.SERVER, session)
+            return None
+        if envelope.kind == MESSAGE and envelope.type not in ("error", "headline"):
+            raise StanzaError("service-unavailable")
+        return None
+
+    def _to_account(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
+        handlers = self._hooks.received.get(envelope.kind)
+        if handlers is not None:
+            stanza = Stanza(envelope, session)
+            rest = self._offer(handlers, stanza, 0)
+            if rest is False:
+                return None
+            if rest is not True:
+                return self._deliver_after(rest, envelope, to, session)
+        return self._deliver_to_account(envelope, to, session)
+
+    async def _deliver_after(
+        self, rest: Awaitable[bool], envelope: Envelope, to: Jid, session: Session | None
+    ) -> None:
+        try:
+            if await rest:
+                pending = self._deliver_to_account(envelope, to, session)
+                if pending is not None:
+                    await pending
+        except (StanzaError, JidError, DatabaseAway) as error:
+            self._refuse(envelope, error)
+        except Exception:
+            self._failed(envelope)
+
+    def _deliver_to_account(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
+        bare = to.bare
+        sessions = self._sessions.of(str(bare))
+        kind = envelope.kind
+        if to.resource:
+            match = sessions.get(to.resource)
+            if match is not None:
+                self.to_session(match, envelope)
+                return None
+        elif kind == IQ:
+            if envelope.type in REQUESTS:
+                return self._request(envelope, Where.ACCOUNT, session)
+            return None
+        present = delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(
+            sessions.values()
+        )
+        if to.resource:
+            addressed = Addressed.FULL_PRESENT if present else Addressed.FULL_ABSENT
+        else:
+            addressed = Addressed.BARE_PRESENT if present else Addressed.BARE_ABSENT
+        action = delivery.decide(kind, envelope.type, addressed)
+        if action is Action.NON_NEGATIVE or action is Action.AVAILABLE:
+            for receiver in present:
+                self.to_session(receiver, envelope)
+        elif action is Action.STORE:
+            return self._store(envelope, bare)
+        elif action is Action.BOUNCE:
+            raise StanzaError("service-unavailable")
+        return None
+
+    async def _store(self, envelope: Envelope, account: Jid) -> None:
+        try:
+            if await self._accounts.exists(account.domain, account.local):
+                for handler in self._hooks.undelivered:
+                    kept = handler(Stanza(envelope))
+                    if kept is True or (kept is not False and await kept):
+                        return
+            self._refuse(envelope, StanzaError("service-unavailable"))
+        except (StanzaError, DatabaseAway) as error:
+            self._refuse(envelope, error)
+        except Exception:
+            self._failed(envelope)
+
+    # --- IQ requests that the server answers ---
+
+    def _request(self, envelope: Envelope, where: Where, session: Session | None) -> Pending:
+        handler = self._hooks.iq.get((where, envelope.type, envelope.children[0]))
+        if handler is None:
+            if where is Where.ACCOUNT and self._components.send_for_account(envelope):
+                return None
+            raise StanzaError("service-unavailable")
+        request = Stanza(envelope, session)
+        answer = handler(request)
+        if isinstance(answer, bytes):
+            self._answer(request, answer)
+            return None
+        return self._answer_later(request, answer)
+
+    async def _answer_later(self, request: Stanza, answer: Awaitable[bytes]) -> None:
+        envelope = request.envelope
+        try:
+            self._answer(request, await answer)
+        except (StanzaError, JidError, DatabaseAway) as error:
+            self._refuse(envelope, error)
+        except Exception:
+            self._failed(envelope)
+
+    def _answer(self, request: Stanza, payload: bytes) -> None:
+        envelope = request.envelope
+        # RFC 6120 8.1.2.1: the answer comes from where the request went; one without `to` went to the
+        # sender's own account, and its answer may leave `from` out.
+        raw = iq_result(envelope.id, envelope.from_jid, envelope.to_jid, payload)
+        self._reply(envelope, "result", raw)
+        if request.after is not None:
+            request.after()
+
+    def _refuse(self, envelope: Envelope, error: Exception) -> None:
+        """Sends an error back, unless that is forbidden (RFC 6120 8.3.1: none in answer to an error)."""
+        if isinstance(error, DatabaseAway):
+            error = StanzaError("resource-constraint", "the server's storage does not answer", type="wait")
+        elif isinstance(error, JidError):
+            error = StanzaError("jid-malformed")
+        assert isinstance(error, StanzaError)
+        if envelope.type == "error" or (envelope.kind == IQ and envelope.type == "result"):
+            return
+        if envelope.kind == PRESENCE and error.condition in ("service-unavailable",):
+            return
+        self.bounced += 1
+        raw = error_stanza(
+            KIND_NAMES[envelope.kind], envelope.id, error, from_=envelope.to_jid, to=envelope.from_jid
+        )
+        self._reply(envelope, "error", raw)
+
+    def _failed(self, envelope: Envelope) -> None:
+        log.exception("stanza_failed", kind=KIND_NAMES[envelope.kind], children=list(envelope.children))
+        self._refuse(envelope, StanzaError("internal-server-error"))
+
+    def _reply(self, envelope: Envelope, type_: str, raw: bytes) -> None:
+        """Sends an answer to whoever sent the stanza; what can't be delivered then is dropped."""
+        reply = Envelope(
+            kind=envelope.kind, type=type_, id=envelope.id,
+            from_jid=envelope.to_jid, to_jid=envelope.from_jid, stanza=raw,
+        )  # fmt: skip
+        to = Jid.parse(envelope.from_jid)
+        if to.domain in self.hosts:
+            session = self._sessions.of(str(to.bare)).get(to.resource)
+            if session is not None:
+                self.to_session(session, reply)
+        else:
+            self._components.send(to.domain, reply)
+
+    # --- out ---
+
+    def to_session(self, session: Session, envelope: Envelope) -> None:
+        """Gives a stanza to a session, behind what is held back for it."""
+        held = session.held
+        if held is not None and envelope.kind == MESSAGE:
+            if len(held) < MAX_HELD:
+                held.append(envelope)
+            else:
+                log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
+            return
+        self.deliver(session, envelope)
+
+    def deliver(self, session: Session, envelope: Envelope) -> None:
+        """Writes a stanza to a session's stream now."""
+        session.delivered += 1
+        self.delivered += 1
+        session.link.deliver(session, envelope)
+
+    def hold(self, session: Session) -> None:
+        if session.held is None:
+            session.held = deque()
+
+    def release(self, session: Session) -> None:
+        held, session.held = session.held, None
+        for envelope in held or ():
+            self.deliver(session, envelope)
+
+    def sessions(self, account: str) -> Mapping[str, Session]:
+        return self._sessions.of(account)
+
+
+def _check(envelope: Envelope) -> None:
+    """RFC 6120 8.2.3 for IQs and RFC 6121 4.7.1 for presence."""
+    if envelope.kind == IQ:
+        if not envelope.id:
+            raise StanzaError("bad-request", "an IQ needs an id")
+        if envelope.type in REQUESTS:
+            if len(envelope.children) != 1:
+                raise StanzaError("bad-request", "an IQ request has exactly one child")
+        elif envelope.type not in ("result", "error"):
+            raise StanzaError("bad-request", "an IQ is of type get, set, result or error")
+    elif envelope.kind == PRESENCE and envelope.type not in PRESENCE_TYPES:
+        raise StanzaError("bad-request", f"no such type of presence: {envelope.type[:40]}")

@@ -1,0 +1,94 @@
+"""The tables of the router. Every key begins with host and local part."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from tidings.kit.db import BigInt, Blob, JidPart, JidText, Text
+
+metadata = sa.MetaData()
+
+
+def _account() -> tuple[sa.Column[str], sa.Column[str]]:
+    return (
+        sa.Column("host", JidPart, primary_key=True),
+        sa.Column("local", JidPart, primary_key=True),
+    )
+
+
+accounts = sa.Table(
+    "accounts",
+    metadata,
+    *_account(),
+    sa.Column("created_unix_ms", BigInt, nullable=False),
+)
+
+account_keys = sa.Table(
+    "account_keys",
+    metadata,
+    *_account(),
+    # "SHA-256" and so on: which hash the keys are for.
+    sa.Column("hash", Text(16), primary_key=True),
+    sa.Column("salt", sa.LargeBinary(64), nullable=False),
+    sa.Column("stored_key", sa.LargeBinary(64), nullable=False),
+    sa.Column("server_key", sa.LargeBinary(64), nullable=False),
+    sa.Column("iterations", sa.Integer, nullable=False),
+)
+
+# Values that all routers share, such as the key of made-up salts.
+router_values = sa.Table(
+    "router_values",
+    metadata,
+    sa.Column("name", Text(64), primary_key=True),
+    sa.Column("content", sa.LargeBinary(255), nullable=False),
+)
+
+# The version of each roster.
+rosters = sa.Table("rosters", metadata, *_account(), sa.Column("version", BigInt, nullable=False))
+
+roster_items = sa.Table(
+    "roster_items",
+    metadata,
+    *_account(),
+    # The contact's hash, because three parts of JIDs do not fit into one key.
+    sa.Column("contact_hash", sa.BINARY(16), primary_key=True),
+    sa.Column("contact", JidText, nullable=False),
+    # The version of the roster with which the item became what it is; removed items stay for who asks
+    # what has changed.
+    sa.Column("version", BigInt, nullable=False),
+    sa.Column("removed", sa.Boolean, nullable=False),
+    sa.Column("name", sa.LargeBinary(4096), nullable=False),
+    # JSON list.
+    sa.Column("contact_groups", Blob, nullable=False),
+    sa.Column("subscription", Text(8), nullable=False),
+    sa.Column("ask", sa.Boolean, nullable=False),
+    sa.Column("pending_in", Blob, nullable=False),
+    sa.Column("approved", sa.Boolean, nullable=False),
+)
+
+# One table of messages, archive and offline store in one: a row per account and message.
+messages = sa.Table(
+    "messages",
+    metadata,
+    *_account(),
+    # Grows in commit order within the account.
+    sa.Column("position", BigInt, primary_key=True, autoincrement=False),
+    # What clients see: random.
+    sa.Column("id", Text(32), nullable=False),
+    # The sending session or component, and the number there; NULL where nothing is to be compared.
+    sa.Column("origin", Text(64), nullable=True),
+    sa.Column("origin_number", BigInt, nullable=True),
+    sa.Column("received_unix_ms", BigInt, nullable=False),
+    sa.Column("from_jid", Text(3071), nullable=False),
+    sa.Column("stanza", Blob, nullable=False),
+    # No session of the account has got it.
+    sa.Column("pending", sa.Boolean, nullable=False),
+    sa.Column("archived", sa.Boolean, nullable=False),
+    # The account's hash and the origin: what must not be kept twice.
+    sa.Column("origin_key", sa.BINARY(32), nullable=True, unique=True),
+)
+
+# The last position given out in each account.
+message_positions = sa.Table(
+    "message_positions", metadata, *_account(), sa.Column("last", BigInt, nullable=False)
+)

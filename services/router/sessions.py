@@ -1,0 +1,94 @@
+"""The sessions of this router."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from tidings.kit.link import Lane
+from tidings.xmpp.jid import Jid
+
+if TYPE_CHECKING:
+    from services.router.connector_link import ConnectorLink
+    from tidings.api.common.v1.stanza_pb2 import Envelope
+
+NOBODY: Mapping[str, Session] = MappingProxyType({})
+
+
+def new_id() -> str:
+    """An id that nobody can guess: 128 random bits, URL-safe."""
+    return secrets.token_urlsafe(16)
+
+
+class Session:
+    """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
+
+    __slots__ = (
+        "account", "delivered", "directed", "epoch", "held", "id", "interested", "jid", "jid_text", "lane",
+        "lang", "link", "notes", "number", "presence", "priority", "stream",
+    )  # fmt: skip
+
+    def __init__(
+        self, jid: Jid, lang: str, link: ConnectorLink, stream: int, spawn: Callable[[Any, str], Any]
+    ) -> None:
+        self.id = new_id()
+        self.epoch = 1
+        self.jid = jid
+        self.jid_text = str(jid)
+        self.account = str(jid.bare)
+        self.lang = lang
+        self.link = link
+        self.stream = stream
+        self.priority = 0
+        self.presence: bytes | None = None
+        self.interested = False
+        self.directed: set[str] = set()
+        self.notes: dict[str, Any] = {}
+        # Stanzas taken from it, and written to it.
+        self.number = 0
+        self.delivered = 0
+        # What it sends is worked off in order.
+        self.lane = Lane(spawn)
+        # What is routed to it while stored messages go first.
+        self.held: deque[Envelope] | None = None
+
+
+class Sessions:
+    """Finds sessions by id and by account. A full JID has one session at most."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Session] = {}
+        self._by_account: dict[str, dict[str, Session]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._by_id.values()))
+
+    def get(self, session_id: str) -> Session | None:
+        return self._by_id.get(session_id)
+
+    def of(self, account: str) -> Mapping[str, Session]:
+        """The sessions of a bare JID, by resource."""
+        return self._by_account.get(account, NOBODY)
+
+    def add(self, session: Session) -> None:
+        sessions = self._by_account.setdefault(session.account, {})
+        if session.jid.resource in sessions:
+            raise ValueError(f"{session.jid} has a session already")
+        sessions[session.jid.resource] = session
+        self._by_id[session.id] = session
+
+    def remove(self, session: Session) -> bool:
+        """Takes a session out; False when it was out already."""
+        if self._by_id.pop(session.id, None) is None:
+            return False
+        sessions = self._by_account[session.account]
+        del sessions[session.jid.resource]
+        if not sessions:
+            del self._by_account[session.account]
+        return True

@@ -1,0 +1,128 @@
+"""Where the router keeps accounts, rosters and messages: the ports, and what implementations must do.
+
+Every method is atomic and may raise DatabaseAway: then it may or may not have happened, and may be repeated.
+Parts of JIDs are prepared (RFC 7622) by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.sasl import ScramKeys
+
+
+class AccountExists(Exception):
+    """There is an account of that name."""
+
+
+class AccountRow(NamedTuple):
+    """An account in a list."""
+
+    jid: str
+    created_unix_ms: int
+
+
+class AccountStore(Protocol):
+    """The accounts of the virtual hosts, with the keys of their passwords by hash ("SHA-256")."""
+
+    async def create(self, host: str, local: str, keys: Mapping[str, ScramKeys]) -> None:
+        """Raises AccountExists; of several at once exactly one succeeds."""
+
+    async def keys(self, host: str, local: str, hash_name: str) -> ScramKeys | None: ...
+
+    async def set_keys(self, host: str, local: str, keys: Mapping[str, ScramKeys]) -> None:
+        """Replaces the keys of an account that exists; nothing happens when it does not."""
+
+    async def delete(self, host: str, local: str) -> None: ...
+
+    async def exists(self, host: str, local: str) -> bool: ...
+
+    async def page(self, host: str | None, after: str, limit: int) -> list[AccountRow]:
+        """Accounts by JID, those after a JID; of one host, or of all."""
+
+    async def fake_salt_key(self) -> bytes:
+        """The key from which salts of names without account are made: MUST be the same on every router."""
+
+
+@dataclass(frozen=True, slots=True)
+class RosterItem:
+    """One contact (RFC 6121 2.1.2), and what is pending with it (Appendix A)."""
+
+    contact: str
+    name: str = ""
+    groups: tuple[str, ...] = ()
+    # "none", "to", "from" or "both".
+    subscription: str = "none"
+    # We asked to see the contact's presence, and have no answer.
+    ask: bool = False
+    # The contact asked to see ours: the stanza that did, kept until it is answered (3.1.3).
+    pending_in: bytes = b""
+    # The user has approved a request that has not come yet (3.4).
+    approved: bool = False
+
+    @property
+    def listed(self) -> bool:
+        """Whether clients see it: a request from a stranger alone makes no roster item (3.1.3)."""
+        return self.ask or self.subscription != "none" or self.approved or not self.pending_in or bool(
+            self.name or self.groups
+        )
+
+
+@dataclass(slots=True)
+class Roster:
+    """All contacts of an account, by their bare JIDs. The version grows with each change."""
+
+    version: int = 0
+    items: dict[str, RosterItem] = field(default_factory=dict)
+
+
+class RosterStore(Protocol):
+    """The rosters. Changes of different items MUST NOT undo each other, whichever routers make them."""
+
+    async def load(self, account: Jid) -> Roster:
+        """The roster; an empty one where there is none."""
+
+    async def put(self, account: Jid, item: RosterItem) -> int:
+        """Writes an item, new or changed. Returns the roster's version."""
+
+    async def remove(self, account: Jid, contact: str) -> int:
+        """Removes an item, if it is there. Returns the roster's version."""
+
+    async def changes(self, account: Jid, since: int) -> list[tuple[int, str]] | None:
+        """Who changed after a version, each with its last version, oldest first; None: that is not known."""
+
+    async def delete_all(self, account: Jid) -> None: ...
+
+
+class KeptMessage(NamedTuple):
+    """A message that waits for its account."""
+
+    # Its place among the account's messages: grows in the order in which they were committed.
+    position: int
+    id: str
+    from_jid: str
+    received_unix_ms: int
+    stanza: bytes
+
+
+class MessageStore(Protocol):
+    """The messages of accounts."""
+
+    async def keep(
+        self, account: Jid, *, id_: str, from_jid: str, received_unix_ms: int, stanza: bytes, origin: str, number: int
+    ) -> None:
+        """Keeps a message; when it returns, it is committed. A message of the same origin and number that is
+        kept already is not kept twice (with an empty origin nothing is compared)."""
+
+    async def pending(self, account: Jid, after: int, limit: int) -> list[KeptMessage]:
+        """Messages that no session has got, by position."""
+
+    async def pending_count(self, account: Jid) -> int: ...
+
+    async def delivered(self, account: Jid, positions: Sequence[int]) -> None:
+        """These messages wait no longer."""
+
+    async def delete_all(self, account: Jid) -> None: ...

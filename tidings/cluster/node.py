@@ -1,0 +1,40 @@
+"""A node: one running process of the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class NodeState(Enum):
+    """Where a node stands in its life. The values are what people read in the table."""
+
+    JOINING = "joining"
+    UP = "up"
+    SUSPECT = "suspect"
+    FAILED = "failed"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One row of `cluster_nodes`; the meaning of each field stands in common/v1/node.proto."""
+
+    hostname: str
+    incarnation: str
+    address: str
+    port: int
+    services: tuple[str, ...] = ()
+    state: NodeState = NodeState.JOINING
+    secondary: str = ""
+    host: str = ""
+    beat: int = 0
+    version: str = ""
+    protocol: int = 1
+    virtual_hosts: tuple[str, ...] = ()
+    strategy: str = ""
+    started_unix_ms: int = 0
+    last_update_unix_ms: int = 0
+    cpu_usage: float = 0.0
+    mem_usage: float = 0.0
+    certificate: str = field(default="", repr=False)

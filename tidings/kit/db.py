@@ -1,0 +1,238 @@
+"""The shared database: SQLAlchemy Core over SQLite (one node) or MySQL and MariaDB (clusters)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects import sqlite as sqlite_dialect
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from tidings.kit.database_url import DatabaseUrl
+from tidings.kit.logging import get_logger
+
+log = get_logger("database")
+
+T = TypeVar("T")
+
+# Seconds to reach the database, to get a connection of the pool, and for one transaction.
+CONNECT_TIMEOUT = 5.0
+POOL_TIMEOUT = 10.0
+STATEMENT_TIMEOUT = 20.0
+POOL_SIZE = 8
+
+# Transactions that met another one are tried again, so often.
+TRIES = 5
+
+# MySQL: deadlock, lock wait timeout. Both mean: again from the start.
+_AGAIN = frozenset((1213, 1205))
+# MySQL: the server is not there, is going, or has gone.
+_GONE = frozenset((1040, 1053, 1152, 1158, 1159, 1160, 1161, 1927, 2002, 2003, 2006, 2013, 2055))
+
+
+class DatabaseAway(Exception):
+    """The database does not answer. What was asked may or may not have happened; it may be asked again."""
+
+
+class Text(sa.types.TypeDecorator[str]):
+    """Text that is compared byte by byte, up to `size` bytes of UTF-8: JIDs and ids.
+
+    On MySQL it is VARBINARY, so that two parts of a JID (1,023 bytes each) fit into one key of InnoDB (3,072
+    bytes), and no collation makes different names equal.
+    """
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self, size: int = 255) -> None:
+        super().__init__(size)
+        self.size = size
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name == "mysql":
+            return dialect.type_descriptor(mysql.VARBINARY(self.size))
+        return dialect.type_descriptor(sa.String(self.size))
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> Any:
+        return value.encode() if value is not None and dialect.name == "mysql" else value
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> str | None:
+        return value.decode() if isinstance(value, bytes) else value
+
+
+# One part of a JID (RFC 7622): 1,023 bytes at most. And a whole bare JID.
+JidPart = Text(1023)
+JidText = Text(2047)
+# 16 MiB on MySQL, where a plain BLOB holds only 64 KiB.
+Blob = sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql")
+BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+class Database:
+    """The database of one process, shared by its services."""
+
+    def __init__(self, url: DatabaseUrl) -> None:
+        self.url = url
+        self._engine: AsyncEngine | None = None
+        # SQLite has one writer; here they wait in order instead of trying again and again.
+        self._writer = asyncio.Lock()
+
+    @property
+    def sqlite(self) -> bool:
+        return self.url.backend == "sqlite"
+
+    async def start(self) -> None:
+        """Opens the pool. Connections are made when they are needed."""
+        self._engine = _sqlite_engine(self.url) if self.sqlite else _mysql_engine(self.url)
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            await self._engine.dispose()
+            self._engine = None
+
+    async def ping(self) -> None:
+        """Raises DatabaseAway when the database does not answer."""
+        async with self.read() as connection:
+            await connection.execute(sa.text("select 1"))
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection to read with. Raises DatabaseAway."""
+        assert self._engine is not None, "the database is not started"
+        with _translated():
+            async with asyncio.timeout(STATEMENT_TIMEOUT), self._engine.connect() as connection:
+                if self.sqlite:
+                    connection = await connection.execution_options(tidings_write=False)
+                yield connection
+
+    @asynccontextmanager
+    async def write(self, timeout: float = STATEMENT_TIMEOUT) -> AsyncIterator[AsyncConnection]:
+        """A transaction: committed at the end, rolled back on an error. Raises DatabaseAway."""
+        assert self._engine is not None, "the database is not started"
+        with _translated():
+            if self.sqlite:
+                async with self._writer, asyncio.timeout(timeout), self._engine.begin() as connection:
+                    yield connection
+            else:
+                async with asyncio.timeout(timeout), self._engine.begin() as connection:
+                    yield connection
+
+    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Runs `work` in a transaction, whole and again when it met another one. Raises DatabaseAway."""
+        for attempt in range(1, TRIES + 1):
+            try:
+                async with self.write() as connection:
+                    return await work(connection)
+            except DBAPIError as error:
+                if _number(error) not in _AGAIN or attempt == TRIES:
+                    raise
+                log.debug("transaction_again", attempt=attempt)
+        raise AssertionError("unreachable")
+
+
+def insert_or_update(
+    connection: AsyncConnection, table: sa.Table, values: Mapping[str, Any], update: Sequence[str]
+) -> sa.Insert:
+    """An insert that updates the columns `update` where the row is there already."""
+    if connection.dialect.name == "mysql":
+        insert = mysql.insert(table).values(values)
+        return insert.on_duplicate_key_update({name: insert.inserted[name] for name in update})
+    upsert = sqlite_dialect.insert(table).values(values)
+    return upsert.on_conflict_do_update(
+        index_elements=list(table.primary_key.columns), set_={name: upsert.excluded[name] for name in update}
+    )
+
+
+class _translated:
+    """Turns the many ways in which a database is away into one exception."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if error is None or isinstance(error, DatabaseAway):
+            return
+        if _is_away(error):
+            raise DatabaseAway(str(error).splitlines()[0]) from error
+
+
+def _is_away(error: BaseException) -> bool:
+    if isinstance(error, PoolTimeoutError | TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, RuntimeError) and "handler is closed" in str(error):
+        return True  # aiomysql under uvloop, for a connection that the server has closed
+    if isinstance(error, DBAPIError):
+        if error.connection_invalidated or _number(error) in _GONE:
+            return True
+        return isinstance(error, OperationalError) and (
+            "database is locked" in str(error.orig)
+            or "unable to open database" in str(error.orig)
+            or "Can't connect" in str(error.orig)
+            or "Lost connection" in str(error.orig)
+        )
+    return False
+
+
+def _number(error: DBAPIError) -> int:
+    arguments = getattr(error.orig, "args", ())
+    return arguments[0] if arguments and isinstance(arguments[0], int) else 0
+
+
+def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
+    assert url.path is not None
+    url.path.parent.mkdir(parents=True, exist_ok=True)
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{url.path}", pool_size=POOL_SIZE, pool_timeout=POOL_TIMEOUT,
+        connect_args={"timeout": CONNECT_TIMEOUT},
+    )  # fmt: skip
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _connected(connection: Any, _record: Any) -> None:
+        # SQLAlchemy begins transactions; the driver must not (it would begin them late).
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("pragma journal_mode = wal")
+        # Power loss costs nothing that was committed.
+        cursor.execute("pragma synchronous = full")
+        cursor.execute("pragma foreign_keys = on")
+        cursor.execute(f"pragma busy_timeout = {int(CONNECT_TIMEOUT * 1000)}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begun(connection: sa.Connection) -> None:
+        # Taking the write lock at once: a transaction that reads first could not take it later.
+        writes = connection.get_execution_options().get("tidings_write", True)
+        connection.exec_driver_sql("begin immediate" if writes else "begin")
+
+    return engine
+
+
+def _mysql_engine(url: DatabaseUrl) -> AsyncEngine:
+    host, port = url.hosts[0]
+    engine = create_async_engine(
+        sa.URL.create("mysql+aiomysql", url.user, url.password, host, port, url.database),
+        pool_size=POOL_SIZE, max_overflow=POOL_SIZE, pool_timeout=POOL_TIMEOUT, pool_recycle=600,
+        isolation_level="READ COMMITTED",
+        connect_args={"connect_timeout": CONNECT_TIMEOUT, "charset": "utf8mb4"},
+    )  # fmt: skip
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def _connect(dialect: Any, _record: Any, arguments: Any, parameters: Any) -> Any:
+        failure: BaseException | None = None
+        for place_host, place_port in url.hosts:
+            # Every node prefers the first host that answers, so that all use the same one.
+            try:
+                return dialect.connect(*arguments, **{**parameters, "host": place_host, "port": place_port})
+            except dialect.dbapi.OperationalError as error:
+                failure = error
+        assert failure is not None
+        raise failure
+
+    return engine

@@ -1,0 +1,212 @@
+"""Links: long-lived gRPC streams that carry batches.
+
+A message on a gRPC stream costs some 200 µs on either side, whatever is in it; a stanza more in a batch
+costs 2 to 9 µs. So an `Outbox` collects what is to be sent: an idle link sends at the next tick, a busy one
+at most one batch per `interval`. Within a process there is no such cost and the interval is 0: one batch a
+tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from tidings.api.common.v1.stanza_pb2 import Envelope
+
+# A batch beyond either is closed and the next one begun (DESIGN 6): it keeps one message well under gRPC's
+# 4 MiB, and one link from holding a process's loop for long.
+MAX_ENVELOPES = 512
+MAX_BYTES = 1 << 20
+
+# Seconds between two batches on a link that leaves the process.
+INTERVAL = 0.001
+# Waits shorter than this are not worth a timer.
+SHORTEST_WAIT = 0.0002
+
+# Closed batches that may wait for the stream: 64 MiB at most. A peer that takes none of them is as good as
+# dead. Beyond it `Overflow` is raised, and the link's owner ends the link.
+MAX_WAITING = 64
+
+
+class Batch(Protocol):
+    """What the request and response messages of all links have in common."""
+
+    sequence: int
+    received_through: int
+    safe_through: int
+
+    @property
+    def envelopes(self) -> Any: ...
+
+
+B = TypeVar("B", bound=Batch)
+
+
+class Overflow(Exception):
+    """The peer of a link does not take what is sent; the link must be ended."""
+
+
+class Outbox(Generic[B]):
+    """What waits to be sent on one link.
+
+    Its bound is MAX_WAITING closed batches; beyond it `begin` and `begin_item` raise Overflow. From half of
+    that on `congested` is true: whoever can hold back its own sources does so then.
+    """
+
+    __slots__ = (
+        "_bytes", "_count", "_interval", "_new", "_waiter", "_waiting", "batch", "on_relief", "received",
+        "relieving", "sequence", "sent_bytes", "sent_envelopes",
+    )  # fmt: skip
+
+    def __init__(self, new: Callable[[], B], interval: float) -> None:
+        self._new = new
+        self._interval = interval
+        self._waiting: deque[B] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._count = 0
+        self._bytes = 0
+        # The batch that is being filled.
+        self.batch: B = new()
+        # The number of the last batch sent, and of the last one taken from the peer.
+        self.sequence = 0
+        self.received = 0
+        # Totals, for metrics.
+        self.sent_envelopes = 0
+        self.sent_bytes = 0
+        # Called once when the outbox is no longer congested, after it was.
+        self.on_relief: Callable[[], None] | None = None
+        self.relieving = False
+
+    def begin(self, size: int) -> Any:
+        """Makes room for an envelope of `size` bytes; returns the container to `add` it to."""
+        if self._count >= MAX_ENVELOPES or self._bytes + size > MAX_BYTES:
+            self._close()
+        self._count += 1
+        self._bytes += size
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+        return self.batch.envelopes
+
+    def begin_item(self) -> B:
+        """Makes room for something that is no envelope; returns the batch to put it into."""
+        self.begin(64)
+        return self.batch
+
+    @property
+    def position(self) -> int:
+        """How many envelopes the present batch holds: what comes next goes behind them."""
+        return len(self.batch.envelopes)
+
+    @property
+    def congested(self) -> bool:
+        return len(self._waiting) > MAX_WAITING // 2
+
+    def _close(self) -> None:
+        if not self._count:
+            return
+        if len(self._waiting) >= MAX_WAITING:
+            raise Overflow(f"{MAX_WAITING} batches wait for a peer that does not take them")
+        self._waiting.append(self.batch)
+        if self.congested:
+            self.relieving = True
+        self.batch = self._new()
+        self._count = self._bytes = 0
+
+    async def run(self, write: Callable[[B], Awaitable[Any]]) -> None:
+        """Sends batches by `write` until cancelled; an error of `write` ends it."""
+        loop = asyncio.get_running_loop()
+        last = 0.0
+        while True:
+            if not self._count and not self._waiting:
+                self._waiter = loop.create_future()
+                await self._waiter
+            if self._interval:
+                wait = last + self._interval - loop.time()
+                if wait > SHORTEST_WAIT:
+                    await asyncio.sleep(wait)
+                last = loop.time()
+            if self._waiting:
+                batch = self._waiting.popleft()
+                if self.relieving and not self.congested:
+                    self.relieving = False
+                    if self.on_relief is not None:
+                        self.on_relief()
+            else:
+                batch = self.batch
+                self.sent_bytes += self._bytes
+                self.batch = self._new()
+                self._count = self._bytes = 0
+            self.sequence += 1
+            batch.sequence = self.sequence
+            batch.received_through = self.received
+            self.sent_envelopes += len(batch.envelopes)
+            await write(batch)
+
+
+def in_order(envelopes: Any, items: Any) -> Iterator[Envelope | Any]:
+    """Envelopes and the items that stand between them (each has a `position`), as they were sent."""
+    taken = 0
+    for item in items:
+        while taken < item.position and taken < len(envelopes):
+            yield envelopes[taken]
+            taken += 1
+        yield item
+    for index in range(taken, len(envelopes)):
+        yield envelopes[index]
+
+
+class Lane:
+    """Runs steps one after the other: at once while nothing waits, else behind what waits.
+
+    A step that returns an awaitable holds up those behind it until that is done; errors are the step's own
+    business. The queue is bounded by the caller's flow control: `on_long` is called when HIGH steps wait,
+    `on_short` when the lane is empty again.
+    """
+
+    HIGH = 64
+
+    __slots__ = ("_long", "_spawn", "on_long", "on_short", "waiting")
+
+    def __init__(self, spawn: Callable[[Any, str], Any]) -> None:
+        self._spawn = spawn
+        self.waiting: deque[tuple[Callable[..., Awaitable[None] | None], tuple[Any, ...]]] | None = None
+        self.on_long: Callable[[], None] | None = None
+        self.on_short: Callable[[], None] | None = None
+        self._long = False
+
+    def run(self, step: Callable[..., Awaitable[None] | None], *args: Any) -> None:
+        if self.waiting is not None:
+            self.waiting.append((step, args))
+            if len(self.waiting) >= self.HIGH and not self._long:
+                self._long = True
+                if self.on_long is not None:
+                    self.on_long()
+            return
+        result = step(*args)
+        if result is not None:
+            self.hold(result)
+
+    def hold(self, result: Awaitable[None]) -> None:
+        """Lets what comes next wait for `result`, of a step that the caller has run itself."""
+        self.waiting = deque()
+        self._spawn(self._drain(result), "lane")
+
+    async def _drain(self, result: Awaitable[None]) -> None:
+        await result
+        waiting = self.waiting
+        assert waiting is not None
+        while waiting:
+            step, args = waiting.popleft()
+            following = step(*args)
+            if following is not None:
+                await following
+        self.waiting = None
+        if self._long:
+            self._long = False
+            if self.on_short is not None:
+                self.on_short()

@@ -1,0 +1,202 @@
+"""A node's side of membership: it joins, beats, and keeps the view."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from tidings.api.common.v1.error_pb2 import ErrorReason
+from tidings.api.registry.v1 import registry_pb2 as pb
+from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+from tidings.cluster.node import Node, NodeState
+from tidings.cluster.view import ClusterView
+from tidings.kit.logging import get_logger
+from tidings.kit.node_messages import node_from, node_into, state_message
+from tidings.kit.rpc_errors import describe, reason
+from tidings.kit.tasks import Tasks
+
+log = get_logger("cluster")
+
+BEAT = 1.0
+RETRY = 0.5
+CALL_TIMEOUT = 5.0
+# Joining may have to wait until an old start of this node has stood still for the lease.
+JOIN_TIMEOUT = 20.0
+
+
+class Refused(Exception):
+    """The cluster does not let this node in; the text says why."""
+
+
+class Member:
+    """This node in the cluster.
+
+    Guaranteed: versions of `view` never fall within one registry's word; while no registry answers, the last
+    view holds. Not guaranteed: that every view between two is seen.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        registries: Callable[[], Sequence[Any]],
+        tasks: Tasks,
+        load: Callable[[], tuple[float, float]],
+        expelled: Callable[[], None],
+    ) -> None:
+        """`registries`: channels, in the order in which to try them. `load`: CPU and memory, in percent."""
+        self.node = node
+        self._registries = registries
+        self._tasks = tasks
+        self._load = load
+        self._expelled = expelled
+        self._state = NodeState.JOINING
+        self._listeners: list[Callable[[ClusterView], None]] = []
+        self._changed = asyncio.Event()
+        self._joined = False
+        self.view = ClusterView()
+
+    # --- joining and leaving ---
+
+    async def join(self, patience: float) -> None:
+        """Enters the cluster, within `patience` seconds. Raises Refused, TimeoutError."""
+        request = pb.JoinRequest()
+        node_into(self.node, request.node)
+        told = False
+        async with asyncio.timeout(patience):
+            while True:
+                try:
+                    await self._ask(lambda stub: stub.Join(request, timeout=JOIN_TIMEOUT))
+                    break
+                except grpc.RpcError as error:
+                    code = error.code()  # type: ignore[attr-defined]
+                    if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                        raise Refused(describe(error)) from None
+                    if not told:
+                        told = True
+                        log.info("waiting_for_registry", reason=describe(error))
+                await asyncio.sleep(RETRY)
+        self._joined = True
+        log.info("node_joined", node=self.node.hostname, address=self.node.address, incarnation=self.node.incarnation)
+        self._tasks.spawn(self._beat(), "member: beat")
+        self._tasks.spawn(self._watch(), "member: watch")
+
+    async def set_state(self, state: NodeState) -> None:
+        """Says in which state this node is."""
+        self._state = state
+        if self._joined:
+            await self._beat_once()
+
+    async def leave(self) -> None:
+        """Leaves the cluster; what can't be said now the lease will say."""
+        if not self._joined:
+            return
+        self._joined = False
+        request = pb.LeaveRequest(hostname=self.node.hostname, incarnation=self.node.incarnation)
+        try:
+            await self._ask(lambda stub: stub.Leave(request, timeout=2.0))
+        except grpc.RpcError as error:
+            log.warning("leaving_not_told", reason=describe(error))
+
+    async def _ask(self, call: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Asks the registries one after the other until one is there."""
+        failure: grpc.RpcError | None = None
+        for channel in self._registries():
+            try:
+                return await call(RegistryServiceStub(channel))
+            except grpc.RpcError as error:
+                code = error.code()  # type: ignore[attr-defined]
+                if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
+                    raise
+                failure = error
+        if failure is None:
+            raise Refused("there is no registry to join through; set --registry, or run one here")
+        raise failure
+
+    # --- beating ---
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT)
+            if self._joined:
+                await self._beat_once()
+
+    async def _beat_once(self) -> None:
+        cpu, memory = self._load()
+        request = pb.BeatRequest(
+            hostname=self.node.hostname, incarnation=self.node.incarnation, state=state_message(self._state),
+            cpu_usage=cpu, mem_usage=memory,
+        )  # fmt: skip
+        try:
+            await self._ask(lambda stub: stub.Beat(request, timeout=CALL_TIMEOUT))
+        except grpc.RpcError as error:
+            if reason(error) == ErrorReason.ERROR_REASON_NOT_A_MEMBER:
+                log.error("expelled", node=self.node.hostname, incarnation=self.node.incarnation)
+                self._joined = False
+                self._expelled()
+            else:
+                log.debug("beat_missed", reason=describe(error))
+
+    # --- the view ---
+
+    def on_change(self, listener: Callable[[ClusterView], None]) -> None:
+        """Calls `listener` with each new view."""
+        self._listeners.append(listener)
+
+    async def wait_until(self, condition: Callable[[ClusterView], bool], timeout: float) -> bool:
+        """Waits for a view that meets a condition; False when none does in time."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not condition(self.view):
+                    await self._next_view()
+        except TimeoutError:
+            return False
+        return True
+
+    async def newer_view(self, timeout: float) -> bool:
+        """Waits for any newer view; False when none comes in time."""
+        version = self.view.version
+        return await self.wait_until(lambda view: view.version != version, timeout)
+
+    async def _next_view(self) -> None:
+        await self._changed.wait()
+
+    async def _watch(self) -> None:
+        """Follows the registry's view; when it goes away, the last view holds."""
+        while True:
+            for channel in self._registries():
+                try:
+                    call = RegistryServiceStub(channel).WatchNodes(pb.WatchNodesRequest(since=self.view.version))
+                    async for update in call:
+                        self._take(update)
+                except grpc.RpcError as error:
+                    log.debug("watch_ended", reason=describe(error))
+            await asyncio.sleep(RETRY)
+
+    def _take(self, update: pb.WatchNodesResponse) -> None:
+        if update.HasField("snapshot"):
+            view = ClusterView(update.view_version, [node_from(node) for node in update.snapshot.nodes])
+        else:
+            node = node_from(update.change.node)
+            kind = update.change.kind
+            log.debug(
+                "node_changed", node=node.hostname, change=pb.NodeChangeKind.Name(kind), view=update.view_version
+            )
+            if kind == pb.NodeChangeKind.NODE_CHANGE_KIND_LEFT:
+                view = self.view.without(update.view_version, node)
+            elif kind == pb.NodeChangeKind.NODE_CHANGE_KIND_FAILED:
+                current = self.view.node(node.hostname)
+                if current is not None and current.incarnation != node.incarnation:
+                    view = ClusterView(update.view_version, self.view)
+                else:
+                    view = self.view.with_node(update.view_version, replace(node, state=NodeState.FAILED))
+            else:
+                view = self.view.with_node(update.view_version, node)
+        self.view = view
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for listener in self._listeners:
+            listener(view)
