@@ -94,7 +94,11 @@ class Connector:
                 await self._listen(address, port, self._direct_tls, self._certificates.context())
 
     async def _listen(
-        self, address: str, port: int, factory: Callable[[], asyncio.BaseProtocol], tls: ssl.SSLContext | None = None
+        self,
+        address: str,
+        port: int,
+        factory: Callable[[], asyncio.BaseProtocol],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         try:
@@ -124,7 +128,7 @@ class Connector:
             stream.close("system-shutdown")
         # What was queued for the clients leaves with the next ticks.
         deadline = asyncio.get_running_loop().time() + STOP_GRACE
-        while len(self.streams) and asyncio.get_running_loop().time() < deadline:
+        while len(self.streams) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(0.01)
         await asyncio.sleep(0)
 
@@ -168,5 +172,3 @@ class Connector:
             cipher=cipher[0] if cipher else "",
             server_end_point=self._certificates.shown(ssl_object).server_end_point,
         )
-
-

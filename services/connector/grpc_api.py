@@ -19,7 +19,7 @@ class ConnectorApi(ConnectorServiceServicer):
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
 
-    async def ListStreams(self, request: pb.ListStreamsRequest, context: Any) -> pb.ListStreamsResponse:  # noqa: N802
+    async def ListStreams(self, request: pb.ListStreamsRequest, context: Any) -> pb.ListStreamsResponse:
         size = min(request.page_size or MAX_PAGE, MAX_PAGE)
         found = self._streams.after(request.after, size + 1)
         response = pb.ListStreamsResponse(more=len(found) > size)
@@ -37,7 +37,7 @@ class ConnectorApi(ConnectorServiceServicer):
             )
         return response
 
-    async def CloseStream(self, request: pb.CloseStreamRequest, context: Any) -> pb.CloseStreamResponse:  # noqa: N802
+    async def CloseStream(self, request: pb.CloseStreamRequest, context: Any) -> pb.CloseStreamResponse:
         stream = self._streams.get(request.stream)
         if stream is None:
             raise TidingsError(ErrorReason.ERROR_REASON_NOT_FOUND, f"there is no stream {request.stream}")

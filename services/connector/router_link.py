@@ -116,7 +116,7 @@ class RouterLinks:
                     await self._attach(node)
                 except grpc.RpcError as error:
                     log.debug("attach_failed", router=node.hostname, reason=describe(error))
-                except (OSError, asyncio.TimeoutError) as error:
+                except (TimeoutError, OSError) as error:
                     log.debug("attach_failed", router=node.hostname, reason=str(error))
                 await asyncio.sleep(RETRY)
         finally:
@@ -125,7 +125,7 @@ class RouterLinks:
     async def _attach(self, node: Node) -> None:
         local = node.incarnation == self._own.incarnation
         link = RouterLink(self._streams, node, local)
-        stub = RouterServiceStub(self._channels.to(node))
+        stub: Any = RouterServiceStub(self._channels.to(node))
         call: Any = stub.Attach()
         hello = link.outbox.begin_item().hello
         hello.connector_incarnation = self._own.incarnation
@@ -155,5 +155,3 @@ class RouterLinks:
                 for stream in self._streams:
                     if stream.link is link:
                         stream.router_lost()
-
-

@@ -72,7 +72,7 @@ class ClientStream:
         core: ServerStream,
         limits: ClientLimits,
         tls_info: Callable[[], TlsInfo | None],
-        transport_kind: int = Transport.TRANSPORT_TCP,
+        transport_kind: Transport.ValueType = Transport.TRANSPORT_TCP,
     ) -> None:
         self._streams = streams
         self.number = number

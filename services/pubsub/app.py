@@ -14,7 +14,11 @@ from tidings.kit.service import Context
 
 def build(context: Context) -> Component:
     pubsub = Component(
-        context, "pubsub", domains=["pubsub.{vhost}"], title="Publish-Subscribe", identity=("pubsub", "service")
+        context,
+        "pubsub",
+        domains=["pubsub.{vhost}"],
+        title="Publish-Subscribe",
+        identity=("pubsub", "service"),
     )
     context.server.add(
         add_PubsubServiceServicer_to_server,

@@ -15,9 +15,7 @@ class PubsubApi(PubsubServiceServicer):
     def __init__(self, component: Component) -> None:
         self._component = component
 
-    async def GetServiceInfo(  # noqa: N802
-        self, request: pb.GetServiceInfoRequest, context: Any
-    ) -> pb.GetServiceInfoResponse:
+    async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Any) -> pb.GetServiceInfoResponse:
         return pb.GetServiceInfoResponse(
             domains=self._component.domains,
             features=self._component.features,

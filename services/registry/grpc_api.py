@@ -43,7 +43,7 @@ class RegistryApi(RegistryServiceServicer):
     def __init__(self, members: Members) -> None:
         self._members = members
 
-    async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:  # noqa: N802
+    async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:
         caller = current_caller(context)
         try:
             node = node_from(request.node)
@@ -64,15 +64,13 @@ class RegistryApi(RegistryServiceServicer):
             if caller.name != node.hostname:
                 raise _not_allowed(f"the certificate is made out to {caller.name!r}, not to {node.hostname!r}")
             if caller.kind == "joiner" and caller.services and not caller.services.issuperset(node.services):
-                raise _not_allowed(
-                    f"the certificate allows the services {', '.join(sorted(caller.services))} alone"
-                )
+                raise _not_allowed(f"the certificate allows the services {', '.join(sorted(caller.services))} alone")
         try:
             return pb.JoinResponse(view_version=await self._members.join(node))
         except DatabaseAway as error:
             raise _away(error) from None
 
-    async def Beat(self, request: pb.BeatRequest, context: Any) -> pb.BeatResponse:  # noqa: N802
+    async def Beat(self, request: pb.BeatRequest, context: Any) -> pb.BeatResponse:
         self._check_own(request.hostname, request.incarnation, context)
         state = _OWN.get(request.state)
         if state is None:
@@ -85,11 +83,12 @@ class RegistryApi(RegistryServiceServicer):
             raise _away(error) from None
         if not alive:
             raise TidingsError(
-                ErrorReason.ERROR_REASON_NOT_A_MEMBER, f"{request.hostname} is no member under this incarnation"
+                ErrorReason.ERROR_REASON_NOT_A_MEMBER,
+                f"{request.hostname} is no member under this incarnation",
             )
         return pb.BeatResponse(view_version=self._members.view.version)
 
-    async def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveResponse:  # noqa: N802
+    async def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveResponse:
         self._check_own(request.hostname, request.incarnation, context)
         try:
             await self._members.leave(request.hostname, request.incarnation)
@@ -97,7 +96,7 @@ class RegistryApi(RegistryServiceServicer):
             raise _away(error) from None
         return pb.LeaveResponse()
 
-    async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:  # noqa: N802
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:
         try:
             view = await self._members.refresh()
         except DatabaseAway:
@@ -107,9 +106,7 @@ class RegistryApi(RegistryServiceServicer):
             node_into(node, response.nodes.add())
         return response
 
-    async def WatchNodes(  # noqa: N802
-        self, request: pb.WatchNodesRequest, context: Any
-    ) -> AsyncIterator[pb.WatchNodesResponse]:
+    async def WatchNodes(self, request: pb.WatchNodesRequest, context: Any) -> AsyncIterator[pb.WatchNodesResponse]:
         waiting: asyncio.Queue[pb.WatchNodesResponse | None] = asyncio.Queue(MAX_WAITING)
 
         def changed(change: Change, node: Node, _view: ClusterView) -> None:
@@ -145,7 +142,7 @@ class RegistryApi(RegistryServiceServicer):
         finally:
             unwatch()
 
-    async def ReportUnreachable(  # noqa: N802
+    async def ReportUnreachable(
         self, request: pb.ReportUnreachableRequest, context: Any
     ) -> pb.ReportUnreachableResponse:
         if self._members.view.by_incarnation(request.incarnation) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -72,9 +72,7 @@ class SqlNodeStore:
 
     async def _remove(self, hostname: str, incarnation: str, *where: sa.ColumnElement[bool]) -> None:
         async def work(connection: AsyncConnection) -> None:
-            removed = await connection.execute(
-                cluster_nodes.delete().where(*_is(hostname, incarnation), *where)
-            )
+            removed = await connection.execute(cluster_nodes.delete().where(*_is(hostname, incarnation), *where))
             if removed.rowcount:
                 await _changed_id(connection, ChangeKind.LEFT, hostname, incarnation)
 
@@ -115,7 +113,9 @@ class SqlNodeStore:
             if since > (last or 0) or (first is not None and since < first - 1):
                 return None
             rows = await connection.execute(
-                sa.select(cluster_changes).where(cluster_changes.c.version > since).order_by(cluster_changes.c.version)
+                sa.select(cluster_changes)
+                .where(cluster_changes.c.version > since)
+                .order_by(cluster_changes.c.version)
             )
             return [Change(row.version, ChangeKind(row.kind), row.hostname, row.incarnation) for row in rows]
 
@@ -130,11 +130,9 @@ async def _changed(connection: AsyncConnection, kind: ChangeKind, node: Node) ->
 
 async def _changed_id(connection: AsyncConnection, kind: ChangeKind, hostname: str, incarnation: str) -> int:
     inserted = await connection.execute(
-        cluster_changes.insert().values(
-            kind=kind.value, hostname=hostname, incarnation=incarnation, happened=_now()
-        )
+        cluster_changes.insert().values(kind=kind.value, hostname=hostname, incarnation=incarnation, happened=_now())
     )
-    version = int(inserted.inserted_primary_key[0])
+    version = int(cast(Any, inserted.inserted_primary_key)[0])
     if version % 100 == 0:
         await connection.execute(cluster_changes.delete().where(cluster_changes.c.version < version - KEPT_CHANGES))
     return version

@@ -38,7 +38,7 @@ class AccountApi(AccountServiceServicer):
         self._negotiator = negotiator
         self._iterations = iterations
 
-    async def CreateAccount(self, request: pb.CreateAccountRequest, context: Any) -> pb.CreateAccountResponse:  # noqa: N802
+    async def CreateAccount(self, request: pb.CreateAccountRequest, context: Any) -> pb.CreateAccountResponse:
         jid = self._account(request.jid)
         keys = await self._keys(jid, request.password)
         try:
@@ -53,7 +53,7 @@ class AccountApi(AccountServiceServicer):
             raise _away() from None
         return pb.CreateAccountResponse()
 
-    async def SetPassword(self, request: pb.SetPasswordRequest, context: Any) -> pb.SetPasswordResponse:  # noqa: N802
+    async def SetPassword(self, request: pb.SetPasswordRequest, context: Any) -> pb.SetPasswordResponse:
         jid = await self._existing(request.jid)
         keys = await self._keys(jid, request.password)
         try:
@@ -62,7 +62,7 @@ class AccountApi(AccountServiceServicer):
             raise _away() from None
         return pb.SetPasswordResponse()
 
-    async def DeleteAccount(self, request: pb.DeleteAccountRequest, context: Any) -> pb.DeleteAccountResponse:  # noqa: N802
+    async def DeleteAccount(self, request: pb.DeleteAccountRequest, context: Any) -> pb.DeleteAccountResponse:
         jid = await self._existing(request.jid)
         try:
             await self._negotiator.delete_account(jid)
@@ -70,7 +70,7 @@ class AccountApi(AccountServiceServicer):
             raise _away() from None
         return pb.DeleteAccountResponse()
 
-    async def ListAccounts(self, request: pb.ListAccountsRequest, context: Any) -> pb.ListAccountsResponse:  # noqa: N802
+    async def ListAccounts(self, request: pb.ListAccountsRequest, context: Any) -> pb.ListAccountsResponse:
         if request.host and request.host not in self._hosts:
             raise TidingsError(
                 ErrorReason.ERROR_REASON_BAD_REQUEST,
@@ -127,6 +127,4 @@ class AccountApi(AccountServiceServicer):
 
 
 def _away() -> TidingsError:
-    return TidingsError(
-        ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer; try again in a moment"
-    )
+    return TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer; try again in a moment")

@@ -51,7 +51,7 @@ class Router:
         sessions = Sessions()
         hooks = Hooks()
         components = ComponentLinks(hosts, lambda name: allowed_to(options, name))
-        self.routing = Routing(hosts, sessions, hooks, accounts, components)
+        self.routing = Routing(hosts, sessions, hooks, accounts, components, tasks.spawn)
         iterations = _per_host_iterations(options)
         authentication = Authentication(accounts, iterations, lambda: bool(options["c2s-allow-plaintext"]))
         negotiator = Negotiator(self.routing, sessions, hooks, authentication, accounts, tasks.spawn)
@@ -62,12 +62,8 @@ class Router:
             MessageStore: self._messages,
             Rosters: Rosters(rosters),
         }
-        router = module_loader.RouterForModules(
-            self.routing, accounts, components, stores, negotiator, tasks.spawn
-        )
-        module_loader.load(
-            [*module_loader.installed(), components.module], hooks, router, options, context.metrics
-        )
+        router = module_loader.RouterForModules(self.routing, accounts, components, stores, negotiator, tasks.spawn)
+        module_loader.load([*module_loader.installed(), components.module], hooks, router, options, context.metrics)
 
         self._api = RouterApi(context.node.incarnation, negotiator, tasks.spawn, lambda: self._serving)
         context.server.add(
@@ -83,7 +79,12 @@ class Router:
         context.server.add(
             add_ComponentServiceServicer_to_server,
             ComponentApi(
-                components, self.routing, rosters, context.node.incarnation, tasks.spawn, lambda: self._serving
+                components,
+                self.routing,
+                rosters,
+                context.node.incarnation,
+                tasks.spawn,
+                lambda: self._serving,
             ),
             component_pb2.DESCRIPTOR.services_by_name["ComponentService"].full_name,
         )

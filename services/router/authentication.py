@@ -52,9 +52,7 @@ def derive_all(password: str, iterations: int) -> dict[str, ScramKeys]:
 
     Raises SaslError for a password that is empty or has forbidden characters.
     """
-    return {
-        name: sasl.derive_keys(name, password, secrets.token_bytes(SALT_BYTES), iterations) for name in HASHES
-    }
+    return {name: sasl.derive_keys(name, password, secrets.token_bytes(SALT_BYTES), iterations) for name in HASHES}
 
 
 class Authentication:

@@ -113,12 +113,13 @@ class ComponentLinks:
         log.info("component_attached", component=link.name, instance=link.instance, domains=domains)
 
     def remove(self, link: ComponentLink) -> None:
-        for index in (self._by_domain, self._by_namespace, self._by_feed):
-            for key, links in list(index.items()):  # type: ignore[attr-defined]
+        indexes: tuple[dict[Any, list[ComponentLink]], ...] = (self._by_domain, self._by_namespace, self._by_feed)
+        for index in indexes:
+            for key, links in list(index.items()):
                 if link in links:
                     links.remove(link)
                     if not links:
-                        del index[key]  # type: ignore[attr-defined]
+                        del index[key]
         log.info("component_detached", component=link.name, instance=link.instance)
 
     def _written_out(self, pattern: str) -> list[str]:
@@ -242,7 +243,9 @@ class ComponentApi(ComponentServiceServicer):
         self._incarnation = incarnation
         self._spawn = spawn
 
-    async def Attach(self, request_iterator: AsyncIterator[pb.AttachRequest], context: Any) -> None:  # noqa: N802
+    async def Attach(  # type: ignore[override] # grpc.aio also takes a coroutine that writes by itself
+        self, request_iterator: AsyncIterator[pb.AttachRequest], context: Any
+    ) -> None:
         if not self._ready():
             raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the router is starting or stopping")
         caller = current_caller(context)
@@ -276,7 +279,7 @@ class ComponentApi(ComponentServiceServicer):
             self._links.remove(link)
             await writers.stop()
 
-    async def GetRosterItem(self, request: pb.GetRosterItemRequest, context: Any) -> pb.GetRosterItemResponse:  # noqa: N802
+    async def GetRosterItem(self, request: pb.GetRosterItemRequest, context: Any) -> pb.GetRosterItemResponse:
         try:
             account, contact = Jid.parse(request.account), Jid.parse(request.contact)
         except JidError as error:
@@ -284,9 +287,7 @@ class ComponentApi(ComponentServiceServicer):
         try:
             roster = await self._rosters.load(account)
         except DatabaseAway:
-            raise TidingsError(
-                ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer"
-            ) from None
+            raise TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer") from None
         item = roster.items.get(str(contact.bare))
         if item is None:
             return pb.GetRosterItemResponse(subscription="none")
@@ -310,5 +311,3 @@ def component_name(caller: Any, context: Any) -> str:
 
 def _bad(message: str) -> TidingsError:
     return TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, message)
-
-

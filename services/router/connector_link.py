@@ -179,5 +179,3 @@ def _verified(envelope: Envelope, from_jid: str | None) -> bool:
     del envelope.children[:]
     envelope.children.extend(element.children)
     return True
-
-

@@ -10,7 +10,7 @@ import grpc
 from services.router.connector_link import ConnectorLink
 from services.router.negotiation import Negotiator
 from tidings.api.common.v1.error_pb2 import ErrorReason
-from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse
+from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, ForwardRequest
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer
 from tidings.kit.grpc_server import current_caller
 from tidings.kit.link import INTERVAL, Outbox, Overflow
@@ -25,7 +25,11 @@ class RouterApi(RouterServiceServicer):
     """Serves router.v1. `ready` says whether the router takes links now."""
 
     def __init__(
-        self, incarnation: str, negotiator: Negotiator, spawn: Callable[[Any, str], Any], ready: Callable[[], bool]
+        self,
+        incarnation: str,
+        negotiator: Negotiator,
+        spawn: Callable[[Any, str], Any],
+        ready: Callable[[], bool],
     ) -> None:
         self._incarnation = incarnation
         self._negotiator = negotiator
@@ -33,7 +37,7 @@ class RouterApi(RouterServiceServicer):
         self._ready = ready
         self.links: set[ConnectorLink] = set()
 
-    async def Attach(  # noqa: N802 - the name is the proto's
+    async def Attach(  # type: ignore[override] # grpc.aio also takes a coroutine that writes by itself
         self, request_iterator: AsyncIterator[AttachRequest], context: Any
     ) -> None:
         if not self._ready():
@@ -48,13 +52,12 @@ class RouterApi(RouterServiceServicer):
             raise TidingsError(
                 ErrorReason.ERROR_REASON_NOT_ALLOWED, "`connector_incarnation` is not the caller's own"
             )
-        # Responses are built by hand, so that the stream's own types need no adapter.
         outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0 if local else INTERVAL)
         link = ConnectorLink(self._negotiator, outbox, caller.name, incarnation, local, self._spawn)
         welcome = outbox.begin_item().welcome
         welcome.router_incarnation = self._incarnation
         welcome.fresh = True
-        writers = Tasks(lambda _name, _error: context.cancel() if hasattr(context, "cancel") else None)
+        writers = Tasks()
         self.links.add(link)
         log.debug("connector_attached", connector=caller.name, incarnation=incarnation)
         writers.spawn(outbox.run(context.write), f"link to {caller.name}")
@@ -71,3 +74,9 @@ class RouterApi(RouterServiceServicer):
             log.debug("connector_detached", connector=caller.name, incarnation=incarnation)
             link.closed()
             await writers.stop()
+
+    async def Forward(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[ForwardRequest], context: Any
+    ) -> None:
+        """As the contract says of a router that is alone: routers do not share their users yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this router is the only one of its cluster")

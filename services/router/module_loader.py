@@ -12,7 +12,6 @@ from services.router.routing import Routing
 from services.router.sessions import Session
 from services.router.store import AccountStore
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.kit.link import Lane
 from tidings.kit.logging import get_logger
 from tidings.kit.module import GROUP, Hooks, Module, ModuleSpec
 from tidings.xmpp.jid import Jid
@@ -74,14 +73,12 @@ class RouterForModules:
         self._stores = stores
         self._negotiator = negotiator
         self._spawn = spawn
-        # What modules send goes in order, each stanza behind those before it.
-        self._lane = Lane(spawn)
 
     def sessions(self, account: str) -> Mapping[str, Session]:
         return self._routing.sessions(account)
 
     def route(self, envelope: Envelope) -> None:
-        self._lane.run(self._routing.route, envelope)
+        self._routing.send(envelope)
 
     def deliver(self, session: Session, envelope: Envelope) -> None:
         self._routing.deliver(session, envelope)
@@ -98,8 +95,8 @@ class RouterForModules:
     def delete_account(self, account: Jid) -> None:
         self._spawn(self._negotiator.delete_account(account), "delete account")
 
-    def store(self, port: type[P]) -> P:
-        return cast(P, self._stores[port])
+    def store(self, port: Callable[..., P]) -> P:
+        return cast(P, self._stores[cast(Any, port)])
 
     def components(self) -> Mapping[str, str]:
         return self._components.titles()
@@ -111,5 +108,3 @@ def load(specs: list[ModuleSpec], hooks: Hooks, router: RouterForModules, option
         module = Module(spec, hooks, cast(Any, router), options, metrics, log.bind(module=spec.name))
         spec.load(module)
         log.debug("module_loaded", module=spec.name, xep=spec.xep)
-
-

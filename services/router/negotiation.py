@@ -83,9 +83,7 @@ class Negotiator:
             parts.append(b"<bind xmlns='%b'/>" % ns.BIND.encode())
         else:
             parts.append(self._authentication.features(opened))
-        parts.extend(
-            make(opened.host) for after, make in self._hooks.stream_features if after is authenticated
-        )
+        parts.extend(make(opened.host) for after, make in self._hooks.stream_features if after is authenticated)
         stream.link.command(stream.number).features.children = b"".join(parts)
 
     # --- SASL ---
@@ -235,9 +233,10 @@ class Negotiator:
         was_available = session.presence is not None
         for handler in self._hooks.session_ended:
             try:
-                result = handler(session, was_available)
-                if result is not None:
-                    await result
+                async with self.routing.step():
+                    result = handler(session, was_available)
+                    if result is not None:
+                        await result
             except Exception:
                 log.exception("session_end_failed", session=session.id)
 

@@ -11,14 +11,17 @@ later stanzas wait in its lane, and nothing overtakes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from services.router import delivery
 from services.router.delivery import Action, Addressed
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.db import DatabaseAway
+from tidings.kit.link import Lane
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KIND_NAMES, MESSAGE, PRESENCE, Hooks, Stanza, StanzaHandler, Where
 from tidings.xmpp.errors import StanzaError
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 log = get_logger("router")
 
 Pending = Awaitable[None] | None
+
+_step: ContextVar[Lane] = ContextVar("step")
 
 # Stanzas that may be held back while a session gets its stored messages; a session that gets more than
 # this meanwhile loses the rest, as with a full send queue: it stops the growth by a flood during log-in.
@@ -63,16 +68,36 @@ class Routing:
         hooks: Hooks,
         accounts: AccountStore,
         components: Components,
+        spawn: Callable[[Any, str], Any],
     ) -> None:
         self.hosts = hosts
         self._sessions = sessions
         self._hooks = hooks
         self._accounts = accounts
         self._components = components
+        self._spawn = spawn
         # For metrics: stanzas by what became of them.
         self.received = 0
         self.delivered = 0
         self.bounced = 0
+
+    # --- what modules send while they handle something ---
+
+    @asynccontextmanager
+    async def step(self) -> AsyncIterator[None]:
+        """What is sent within goes out in order, and has arrived when the step ends: so a session's later
+        stanzas overtake nothing that an earlier one set in motion."""
+        lane = Lane(self._spawn)
+        token = _step.set(lane)
+        try:
+            yield
+        finally:
+            _step.reset(token)
+            await lane.idle()
+
+    def send(self, envelope: Envelope) -> None:
+        """Sends a stanza for a module, within the step that it handles, if any."""
+        (_step.get(None) or Lane(self._spawn)).run(self.route, envelope)
 
     # --- in ---
 
@@ -118,7 +143,9 @@ class Routing:
         """Goes on with a stanza after the modules that had to wait."""
         envelope = stanza.envelope
         try:
-            if await rest:
+            async with self.step():
+                go_on = await rest
+            if go_on:
                 pending = self._by_address(envelope, to, None)
                 if pending is not None:
                     await pending
@@ -213,8 +240,8 @@ class Routing:
             if envelope.type in REQUESTS:
                 return self._request(envelope, Where.ACCOUNT, session)
             return None
-        present = delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(
-            sessions.values()
+        present = (
+            delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(sessions.values())
         )
         if to.resource:
             addressed = Addressed.FULL_PRESENT if present else Addressed.FULL_ABSENT
@@ -261,7 +288,9 @@ class Routing:
     async def _answer_later(self, request: Stanza, answer: Awaitable[bytes]) -> None:
         envelope = request.envelope
         try:
-            self._answer(request, await answer)
+            async with self.step():
+                payload = await answer
+            self._answer(request, payload)
         except (StanzaError, JidError, DatabaseAway) as error:
             self._refuse(envelope, error)
         except Exception:
@@ -288,9 +317,7 @@ class Routing:
         if envelope.kind == PRESENCE and error.condition in ("service-unavailable",):
             return
         self.bounced += 1
-        raw = error_stanza(
-            KIND_NAMES[envelope.kind], envelope.id, error, from_=envelope.to_jid, to=envelope.from_jid
-        )
+        raw = error_stanza(KIND_NAMES[envelope.kind], envelope.id, error, from_=envelope.to_jid, to=envelope.from_jid)
         self._reply(envelope, "error", raw)
 
     def _failed(self, envelope: Envelope) -> None:

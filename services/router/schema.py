@@ -89,6 +89,4 @@ messages = sa.Table(
 )
 
 # The last position given out in each account.
-message_positions = sa.Table(
-    "message_positions", metadata, *_account(), sa.Column("last", BigInt, nullable=False)
-)
+message_positions = sa.Table("message_positions", metadata, *_account(), sa.Column("last", BigInt, nullable=False))

@@ -66,8 +66,12 @@ class RosterItem:
     @property
     def listed(self) -> bool:
         """Whether clients see it: a request from a stranger alone makes no roster item (3.1.3)."""
-        return self.ask or self.subscription != "none" or self.approved or not self.pending_in or bool(
-            self.name or self.groups
+        return (
+            self.ask
+            or self.subscription != "none"
+            or self.approved
+            or not self.pending_in
+            or bool(self.name or self.groups)
         )
 
 
@@ -112,7 +116,15 @@ class MessageStore(Protocol):
     """The messages of accounts."""
 
     async def keep(
-        self, account: Jid, *, id_: str, from_jid: str, received_unix_ms: int, stanza: bytes, origin: str, number: int
+        self,
+        account: Jid,
+        *,
+        id_: str,
+        from_jid: str,
+        received_unix_ms: int,
+        stanza: bytes,
+        origin: str,
+        number: int,
     ) -> None:
         """Keeps a message; when it returns, it is committed. A message of the same origin and number that is
         kept already is not kept twice (with an empty origin nothing is compared)."""

@@ -97,7 +97,15 @@ class MemoryMessageStore:
         self._last = 0
 
     async def keep(
-        self, account: Jid, *, id_: str, from_jid: str, received_unix_ms: int, stanza: bytes, origin: str, number: int
+        self,
+        account: Jid,
+        *,
+        id_: str,
+        from_jid: str,
+        received_unix_ms: int,
+        stanza: bytes,
+        origin: str,
+        number: int,
     ) -> None:
         if origin:
             if (account, origin, number) in self._known:

@@ -55,7 +55,10 @@ class SqlAccountStore:
 
     async def keys(self, host: str, local: str, hash_name: str) -> ScramKeys | None:
         wanted = sa.select(
-            account_keys.c.salt, account_keys.c.stored_key, account_keys.c.server_key, account_keys.c.iterations
+            account_keys.c.salt,
+            account_keys.c.stored_key,
+            account_keys.c.server_key,
+            account_keys.c.iterations,
         ).where(of(account_keys, host, local), account_keys.c.hash == hash_name)
         async with self._database.read() as connection:
             row = (await connection.execute(wanted)).first()
@@ -123,7 +126,9 @@ class SqlRosterStore:
     async def load(self, account: Jid) -> Roster:
         host, local = account.domain, account.local
         async with self._database.read() as connection:
-            version = (await connection.execute(sa.select(rosters.c.version).where(of(rosters, host, local)))).scalar()
+            version = (
+                await connection.execute(sa.select(rosters.c.version).where(of(rosters, host, local)))
+            ).scalar()
             rows = await connection.execute(
                 sa.select(roster_items).where(of(roster_items, host, local), roster_items.c.removed.is_(False))
             )
@@ -172,7 +177,9 @@ class SqlRosterStore:
     async def changes(self, account: Jid, since: int) -> list[tuple[int, str]] | None:
         host, local = account.domain, account.local
         async with self._database.read() as connection:
-            version = (await connection.execute(sa.select(rosters.c.version).where(of(rosters, host, local)))).scalar()
+            version = (
+                await connection.execute(sa.select(rosters.c.version).where(of(rosters, host, local)))
+            ).scalar()
             if since > (version or 0):
                 return None
             rows = await connection.execute(

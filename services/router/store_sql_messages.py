@@ -46,7 +46,15 @@ class SqlMessageStore:
             self._waiting.get_nowait()[1].set_exception(DatabaseAway("the router stops"))
 
     async def keep(
-        self, account: Jid, *, id_: str, from_jid: str, received_unix_ms: int, stanza: bytes, origin: str, number: int
+        self,
+        account: Jid,
+        *,
+        id_: str,
+        from_jid: str,
+        received_unix_ms: int,
+        stanza: bytes,
+        origin: str,
+        number: int,
     ) -> None:
         key = f"{account}\0{origin}\0{number}".encode()
         row = {
@@ -93,7 +101,11 @@ class SqlMessageStore:
     async def pending(self, account: Jid, after: int, limit: int) -> list[KeptMessage]:
         wanted = (
             sa.select(
-                messages.c.position, messages.c.id, messages.c.from_jid, messages.c.received_unix_ms, messages.c.stanza
+                messages.c.position,
+                messages.c.id,
+                messages.c.from_jid,
+                messages.c.received_unix_ms,
+                messages.c.stanza,
             )
             .where(*_of(account), messages.c.pending.is_(True), messages.c.position > after)
             .order_by(messages.c.position)

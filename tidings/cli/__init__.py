@@ -12,7 +12,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         result = app.main(
-            args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tidings", standalone_mode=False
+            args=list(sys.argv[1:] if arguments is None else arguments),
+            prog_name="tidings",
+            standalone_mode=False,
         )
     except Exception as error:
         from tidings.cli.app import report

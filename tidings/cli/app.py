@@ -86,7 +86,15 @@ def report(error: Exception) -> int:
     if isinstance(error, Unreachable):
         paragraph(f"error: {error}", "red")
         return UNREACHABLE
-    if type(error).__name__ in ("PortInUse", "PkiError", "CertificateProblem", "Refused", "MigrationError", "DatabaseAway", "Failed"):
+    if type(error).__name__ in (
+        "PortInUse",
+        "PkiError",
+        "CertificateProblem",
+        "Refused",
+        "MigrationError",
+        "DatabaseAway",
+        "Failed",
+    ):
         paragraph(f"error: {error}", "red")
         return FAILED
     raise error
@@ -111,5 +119,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(file=sys.stdout).print(table)
-
-

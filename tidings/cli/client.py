@@ -55,8 +55,9 @@ async def channel_with(options: Any, opened: Any, service: str) -> Any:
     from tidings.api.registry.v1.registry_pb2 import ListNodesRequest
     from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 
+    registry: Any = RegistryServiceStub(opened)
     try:
-        listed = await RegistryServiceStub(opened).ListNodes(ListNodesRequest(), timeout=TIMEOUT)
+        listed = await registry.ListNodes(ListNodesRequest(), timeout=TIMEOUT)
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.UNIMPLEMENTED:
             return opened  # no registry there: it is asked itself

@@ -48,7 +48,8 @@ async def _list(options: Any) -> list[dict[str, Any]]:
     from tidings.kit.node_messages import node_from
 
     async with channel(options) as opened:
-        response = await RegistryServiceStub(opened).ListNodes(ListNodesRequest(), timeout=TIMEOUT)
+        registry: Any = RegistryServiceStub(opened)
+        response = await registry.ListNodes(ListNodesRequest(), timeout=TIMEOUT)
     rows = []
     for node in map(node_from, response.nodes):
         updated = datetime.datetime.fromtimestamp(node.last_update_unix_ms / 1000, datetime.UTC)

@@ -20,7 +20,7 @@ def options(arguments: tuple[str, ...], as_json: bool) -> int:
     loaded, _ = load_options(arguments)
     rows = [
         {
-            "name": f"--{option.name if not option.pattern or not key else key}{f'[{key}]' if key and not option.pattern else ''}",
+            "name": f"--{key or option.name}" if option.pattern else f"--{option.name}{f'[{key}]' if key else ''}",
             "value": value, "source": source, "meaning": option.meaning, "default": option.default,
         }
         for option, key, value, source in loaded.rows()

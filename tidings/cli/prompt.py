@@ -9,15 +9,15 @@ from pathlib import Path
 from tidings.cli.app import Failed
 
 
-def read_password(password_file: str | None, prompt: str) -> str:
+def read_password(from_file: str | None, prompt: str) -> str:
     """A password. Raises Failed when there is none, or it was mistyped."""
-    if password_file and password_file != "-":
+    if from_file and from_file != "-":
         try:
-            lines = Path(password_file).read_text().splitlines()
+            lines = Path(from_file).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise Failed(f"the password file can't be read: {error}") from None
         password = lines[0] if lines else ""
-    elif password_file == "-" or not sys.stdin.isatty():
+    elif from_file == "-" or not sys.stdin.isatty():
         password = sys.stdin.readline().rstrip("\n")
     else:
         password = getpass.getpass(f"{prompt}: ")

@@ -70,7 +70,7 @@ async def _first_account(options: Any, process: Any) -> tuple[str, str] | None:
     from tidings.api.router.v1.account_pb2_grpc import AccountServiceStub
     from tidings.kit.logging import get_logger
 
-    accounts = AccountServiceStub(process.context.server.local_channel())  # type: ignore[arg-type]
+    accounts: Any = AccountServiceStub(process.context.server.local_channel())
     if (await accounts.ListAccounts(ListAccountsRequest(page_size=1), timeout=10)).accounts:
         return None
     jid, password = f"admin@{options['virt-hosts'][0]}", secrets.token_urlsafe(12)

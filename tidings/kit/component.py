@@ -1,12 +1,12 @@
 """Components: services with a domain of their own, attached to every router (component.v1).
 
-    class Weather(Component):
-        def __init__(self, context):
-            super().__init__(context, "weather", domains=["weather.{vhost}"], title="Weather")
-            self.on_iq("get", "{urn:example:weather}now", self.now)
+class Weather(Component):
+    def __init__(self, context):
+        super().__init__(context, "weather", domains=["weather.{vhost}"], title="Weather")
+        self.on_iq("get", "{urn:example:weather}now", self.now)
 
-        async def now(self, iq: Stanza) -> bytes:
-            return b"<now xmlns='urn:example:weather'>sunny</now>"
+    async def now(self, iq: Stanza) -> bytes:
+        return b"<now xmlns='urn:example:weather'>sunny</now>"
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Component:
                     await self._attach(node)
                 except (grpc.RpcError, TimeoutError) as error:
                     reason = describe(error) if isinstance(error, grpc.RpcError) else "no answer"
-                    unavailable = isinstance(error, TimeoutError) or error.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+                    unavailable = isinstance(error, TimeoutError) or error.code() == grpc.StatusCode.UNAVAILABLE
                     (log.debug if told or unavailable else log.error)(
                         "component_not_attached", component=self.name, router=node.hostname, reason=reason
                     )
@@ -148,7 +148,7 @@ class Component:
         local = node.incarnation == self.context.node.incarnation
         outbox: Outbox[pb.AttachRequest] = Outbox(pb.AttachRequest, 0 if local else INTERVAL)
         outbox.begin_item().registration.CopyFrom(self._registration)
-        stub = ComponentServiceStub(self.context.channels.to(node))
+        stub: Any = ComponentServiceStub(self.context.channels.to(node))
         call: Any = stub.Attach(metadata=(("tidings-service", self.name),))
         writers = Tasks(lambda _name, _error: call.cancel())
         writers.spawn(outbox.run(call.write), f"{self.name}: writes to {node.hostname}")
@@ -212,9 +212,7 @@ class Component:
     def _refuse(self, outbox: Outbox[pb.AttachRequest], envelope: Envelope, error: StanzaError) -> None:
         if envelope.type == "error":
             return
-        raw = error_stanza(
-            KIND_NAMES[envelope.kind], envelope.id, error, from_=envelope.to_jid, to=envelope.from_jid
-        )
+        raw = error_stanza(KIND_NAMES[envelope.kind], envelope.id, error, from_=envelope.to_jid, to=envelope.from_jid)
         outbox.begin(len(raw)).add(stanza=raw)
 
     # --- XEP-0030 ---

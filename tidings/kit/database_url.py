@@ -42,9 +42,7 @@ def parse(uri: str) -> DatabaseUrl:
             raise OptionError(["--user-db-uri=sqlite:///PATH needs a path"])
         return DatabaseUrl("sqlite", path=Path(path))
     if scheme not in _SCHEMES or not separator:
-        raise OptionError(
-            ["--user-db-uri begins with jdbc:mysql://, mysql:// or sqlite:///; this one does not"]
-        )
+        raise OptionError(["--user-db-uri begins with jdbc:mysql://, mysql:// or sqlite:///; this one does not"])
     parts = urlsplit(f"mysql://{rest}")
     credentials, at, places = parts.netloc.rpartition("@")
     query = parse_qs(parts.query, keep_blank_values=True)

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.kit.access import allowed
 from tidings.kit.identity import Caller
-from tidings.kit.inprocess import InProcessChannel, InProcessServer
+from tidings.kit.inprocess import Handler, InProcessChannel, InProcessServer
 from tidings.kit.logging import get_logger
 from tidings.kit.pki import KeyPair
 from tidings.kit.ports import PortInUse, port_holder
@@ -109,9 +109,7 @@ class ClusterServer:
         await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        status = (
-            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", *self._services):
             await self._health.set(service, status)
 
@@ -143,12 +141,10 @@ class ClusterServer:
 
     # --- each call ---
 
-    def guarded(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    def guarded(self, method: str, handler: Handler) -> Handler:
         """A handler behind access control and the mapping of errors."""
         handler_: Any = handler
-        behaviour = (
-            handler_.unary_unary or handler_.unary_stream or handler_.stream_unary or handler_.stream_stream
-        )
+        behaviour = handler_.unary_unary or handler_.unary_stream or handler_.stream_unary or handler_.stream_stream
         if inspect.isasyncgenfunction(behaviour):
 
             async def generate(request: Any, context: Any) -> Any:
@@ -203,10 +199,8 @@ class _Guarding:
     def __init__(self, server: ClusterServer) -> None:
         self._server = server
 
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
-        guarded = {
-            name: self._server.guarded(f"{service}/{name}", handler) for name, handler in handlers.items()
-        }
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
+        guarded = {name: self._server.guarded(f"{service}/{name}", handler) for name, handler in handlers.items()}
         real = self._server._server
         real.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
         if hasattr(real, "add_registered_method_handlers"):

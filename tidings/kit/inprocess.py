@@ -20,6 +20,10 @@ from tidings.kit.tasks import Tasks
 WINDOW = 64
 
 
+# As generated code makes them.
+Handler = Any
+
+
 class _Pipe:
     """One direction of a stream: serialised messages from one task to another."""
 
@@ -112,7 +116,7 @@ class _Call:
 
     def __init__(
         self,
-        handler: grpc.RpcMethodHandler,
+        handler: Handler,
         serializer: Callable[[Any], bytes],
         deserializer: Callable[[bytes], Any],
         tasks: Tasks,
@@ -177,10 +181,10 @@ class _Call:
 
     async def read_request(self) -> Any:
         item = await self._requests.get()
-        return EOF if item is None else self._handler.request_deserializer(item)  # type: ignore[misc]
+        return EOF if item is None else self._handler.request_deserializer(item)
 
     async def write_response(self, message: Any) -> None:
-        await self._responses.put(self._handler.response_serializer(message))  # type: ignore[misc]
+        await self._responses.put(self._handler.response_serializer(message))
 
     def finish(self, code: grpc.StatusCode, details: str, trailing: tuple[Any, ...] = ()) -> None:
         """Ends the call; only the first end counts."""
@@ -248,7 +252,10 @@ class _Call:
 
     def _error(self) -> AioRpcError:
         return AioRpcError(
-            self.code_ or grpc.StatusCode.UNKNOWN, Metadata(), Metadata.from_tuple(self._trailing), self._details
+            self.code_ or grpc.StatusCode.UNKNOWN,
+            Metadata(),
+            Metadata.from_tuple(self._trailing),
+            self._details,
         )
 
     async def single(self, request: Any | None) -> Any:
@@ -271,20 +278,18 @@ class InProcessServer:
     """Takes servicers as a `grpc.aio.Server` does."""
 
     def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+        self._handlers: dict[str, Handler] = {}
         self._tasks = Tasks()
         self._stopped = False
 
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
         for method, handler in handlers.items():
             self._handlers[f"/{service}/{method}"] = handler
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Generated code registers its handlers in both ways; the other one is enough."""
 
-    def begin(
-        self, method: str, serializer: Any, deserializer: Any, timeout: float | None, metadata: Any
-    ) -> _Call:
+    def begin(self, method: str, serializer: Any, deserializer: Any, timeout: float | None, metadata: Any) -> _Call:
         handler = self._handlers.get(method)
         if handler is None or self._stopped:
             code = grpc.StatusCode.UNAVAILABLE if self._stopped else grpc.StatusCode.UNIMPLEMENTED

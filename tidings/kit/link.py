@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
+import grpc
+
 from tidings.api.common.v1.stanza_pb2 import Envelope
 
 # A batch beyond either is closed and the next one begun (DESIGN 6): it keeps one message well under gRPC's
@@ -56,8 +58,19 @@ class Outbox(Generic[B]):
     """
 
     __slots__ = (
-        "_bytes", "_count", "_interval", "_new", "_waiter", "_waiting", "batch", "on_relief", "received",
-        "relieving", "sequence", "sent_bytes", "sent_envelopes",
+        "_bytes",
+        "_count",
+        "_interval",
+        "_new",
+        "_waiter",
+        "_waiting",
+        "batch",
+        "on_relief",
+        "received",
+        "relieving",
+        "sent_bytes",
+        "sent_envelopes",
+        "sequence",
     )  # fmt: skip
 
     def __init__(self, new: Callable[[], B], interval: float) -> None:
@@ -118,7 +131,7 @@ class Outbox(Generic[B]):
         self._count = self._bytes = 0
 
     async def run(self, write: Callable[[B], Awaitable[Any]]) -> None:
-        """Sends batches by `write` until cancelled; an error of `write` ends it."""
+        """Sends batches by `write` until cancelled, or until the stream is over: who reads it sees why."""
         loop = asyncio.get_running_loop()
         last = 0.0
         while True:
@@ -145,7 +158,10 @@ class Outbox(Generic[B]):
             batch.sequence = self.sequence
             batch.received_through = self.received
             self.sent_envelopes += len(batch.envelopes)
-            await write(batch)
+            try:
+                await write(batch)
+            except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                return
 
 
 def in_order(envelopes: Any, items: Any) -> Iterator[Envelope | Any]:
@@ -170,7 +186,7 @@ class Lane:
 
     HIGH = 64
 
-    __slots__ = ("_long", "_spawn", "on_long", "on_short", "waiting")
+    __slots__ = ("_idle", "_long", "_spawn", "on_long", "on_short", "waiting")
 
     def __init__(self, spawn: Callable[[Any, str], Any]) -> None:
         self._spawn = spawn
@@ -178,6 +194,14 @@ class Lane:
         self.on_long: Callable[[], None] | None = None
         self.on_short: Callable[[], None] | None = None
         self._long = False
+        self._idle: asyncio.Future[None] | None = None
+
+    async def idle(self) -> None:
+        """Waits until nothing is under way."""
+        while self.waiting is not None:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
 
     def run(self, step: Callable[..., Awaitable[None] | None], *args: Any) -> None:
         if self.waiting is not None:
@@ -206,6 +230,9 @@ class Lane:
             if following is not None:
                 await following
         self.waiting = None
+        if self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
         if self._long:
             self._long = False
             if self.on_short is not None:

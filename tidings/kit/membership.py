@@ -72,7 +72,7 @@ class Member:
                     await self._ask(lambda stub: stub.Join(request, timeout=JOIN_TIMEOUT))
                     break
                 except grpc.RpcError as error:
-                    code = error.code()  # type: ignore[attr-defined]
+                    code = error.code()
                     if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                         raise Refused(describe(error)) from None
                     if not told:
@@ -80,7 +80,12 @@ class Member:
                         log.info("waiting_for_registry", reason=describe(error))
                 await asyncio.sleep(RETRY)
         self._joined = True
-        log.info("node_joined", node=self.node.hostname, address=self.node.address, incarnation=self.node.incarnation)
+        log.info(
+            "node_joined",
+            node=self.node.hostname,
+            address=self.node.address,
+            incarnation=self.node.incarnation,
+        )
         self._tasks.spawn(self._beat(), "member: beat")
         self._tasks.spawn(self._watch(), "member: watch")
 
@@ -108,7 +113,7 @@ class Member:
             try:
                 return await call(RegistryServiceStub(channel))
             except grpc.RpcError as error:
-                code = error.code()  # type: ignore[attr-defined]
+                code = error.code()
                 if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
                     raise
                 failure = error
@@ -169,7 +174,8 @@ class Member:
         while True:
             for channel in self._registries():
                 try:
-                    call = RegistryServiceStub(channel).WatchNodes(pb.WatchNodesRequest(since=self.view.version))
+                    stub: Any = RegistryServiceStub(channel)
+                    call = stub.WatchNodes(pb.WatchNodesRequest(since=self.view.version))
                     async for update in call:
                         self._take(update)
                 except grpc.RpcError as error:
@@ -183,7 +189,10 @@ class Member:
             node = node_from(update.change.node)
             kind = update.change.kind
             log.debug(
-                "node_changed", node=node.hostname, change=pb.NodeChangeKind.Name(kind), view=update.view_version
+                "node_changed",
+                node=node.hostname,
+                change=pb.NodeChangeKind.Name(kind),
+                view=update.view_version,
             )
             if kind == pb.NodeChangeKind.NODE_CHANGE_KIND_LEFT:
                 view = self.view.without(update.view_version, node)

@@ -16,7 +16,7 @@ other exception becomes <internal-server-error/> and a log line.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -120,7 +120,7 @@ class Stanza:
         return self.envelope.stanza
 
     @property
-    def children(self) -> Collection[str]:
+    def children(self) -> Sequence[str]:
         return self.envelope.children
 
     @property
@@ -148,9 +148,9 @@ class Where(Enum):
 # consumed and goes no further.
 IqHandler = Callable[[Stanza], bytes | Awaitable[bytes]]
 StanzaHandler = Callable[[Stanza], bool | Awaitable[bool]]
-SessionHandler = Callable[[Session], None | Awaitable[None]]
-EndHandler = Callable[[Session, bool], None | Awaitable[None]]
-AccountHandler = Callable[[Jid], None | Awaitable[None]]
+SessionHandler = Callable[[Session], Awaitable[None] | None]
+EndHandler = Callable[[Session, bool], Awaitable[None] | None]
+AccountHandler = Callable[[Jid], Awaitable[None] | None]
 # On a stream that nobody is authenticated on: the request, and the virtual host of the stream.
 EarlyIqHandler = Callable[[Stanza, str], bytes | Awaitable[bytes]]
 
@@ -177,7 +177,7 @@ class RouterPort(Protocol):
     def delete_account(self, account: Jid) -> None:
         """Ends an account's sessions and removes all that is stored for it, in the background."""
 
-    def store(self, port: type[P]) -> P:
+    def store(self, port: Callable[..., P]) -> P:
         """The implementation of a storage port that this router was given."""
 
     def components(self) -> Mapping[str, str]:
@@ -224,9 +224,7 @@ class Module:
     def feature(self, namespace: str, *where: Where) -> None:
         """Announces a feature (XEP-0030), at the server unless `where` says otherwise."""
         for place in where or (Where.SERVER,):
-            listed = (
-                self._hooks.server_features if place is Where.SERVER else self._hooks.account_features
-            )
+            listed = self._hooks.server_features if place is Where.SERVER else self._hooks.account_features
             if namespace not in listed:
                 listed.append(namespace)
 
@@ -268,9 +266,7 @@ class Module:
                     raise ValueError(f"{self._spec.name}: IQ {type_} {payload} at {place.value} is taken")
                 self._hooks.iq[key] = handler
 
-    def on_iq_before_authentication(
-        self, payload: str, handler: EarlyIqHandler, *, types: Collection[str]
-    ) -> None:
+    def on_iq_before_authentication(self, payload: str, handler: EarlyIqHandler, *, types: Collection[str]) -> None:
         """Answers IQ requests to the server on streams that are not authenticated yet."""
         for type_ in types:
             self._hooks.early_iq[type_, payload] = handler

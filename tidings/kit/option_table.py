@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tidings.kit.option_types import Option, OptionType as T
+from tidings.kit.option_types import Option
+from tidings.kit.option_types import OptionType as T
 
 STRATEGIES = {
     # Tigase's names for what is the same here.

@@ -46,7 +46,10 @@ class Options:
     """The options of one process. Immutable."""
 
     def __init__(
-        self, options: Mapping[str, Option], values: Mapping[tuple[str, str], Any], settings: Mapping[tuple[str, str], _Setting]
+        self,
+        options: Mapping[str, Option],
+        values: Mapping[tuple[str, str], Any],
+        settings: Mapping[tuple[str, str], _Setting],
     ) -> None:
         self._options = options
         self._values = values

@@ -99,7 +99,8 @@ class CertificateAuthority:
             critical=False,
         )
         return KeyPair(
-            builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM), _private_pem(key)
+            builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),
+            _private_pem(key),
         )
 
     def signed(self, leaf: x509.Certificate) -> bool:

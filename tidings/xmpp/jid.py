@@ -145,7 +145,9 @@ def _enforce(profile: Any, text: str) -> str:
     try:
         return str(profile.enforce(text))
     except UnicodeError as error:
-        raise JidError(f"a character that is not allowed here: {error.reason if hasattr(error, 'reason') else error}") from None
+        raise JidError(
+            f"a character that is not allowed here: {error.reason if hasattr(error, 'reason') else error}"
+        ) from None
 
 
 def _sized(part: str) -> str:

@@ -28,7 +28,6 @@ _STREAM_NAME = f"{ns.STREAMS} stream"
 _TAG = {name: f"<{name}".encode() for name in ("message", "presence", "iq")}
 
 
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What an element may be. 0 switches a limit off."""
@@ -77,6 +76,9 @@ class StreamParser:
         # Prefixes that the header declares, as declarations for stanzas that use them.
         self._prefixes: list[tuple[bytes, re.Pattern[bytes], bytes]] = []
         self._out: list[Parsed] = []
+        # The bytes from the end of the last complete element on; `_last` is that end within them.
+        self._data = b""
+        self._last = 0
         self._open()
 
     # --- for the owner ---

@@ -18,7 +18,9 @@ _HASHES = {"SHA-1": "sha1", "SHA-256": "sha256", "SHA-512": "sha512"}
 # A password of more is no password but an attempt to make us hash for long.
 MAX_PASSWORD_BYTES = 1024
 
-_SCRAM_FIRST = re.compile(r"(n|y|p=[A-Za-z0-9.-]+),((?:a=[^,]+)?),((?:m=[^,]*,)?n=([^,]+),r=([!-+\--~]+)(?:,.*)?)", re.S)
+_SCRAM_FIRST = re.compile(
+    r"(n|y|p=[A-Za-z0-9.-]+),((?:a=[^,]+)?),((?:m=[^,]*,)?n=([^,]+),r=([!-+\--~]+)(?:,.*)?)", re.S
+)
 
 
 class ScramKeys(NamedTuple):
@@ -66,7 +68,9 @@ def derive_keys(hash_name: str, password: str, salt: bytes, iterations: int) -> 
     name = _HASHES[hash_name]
     salted = hashlib.pbkdf2_hmac(name, prepare_password(password).encode(), salt, iterations)
     client_key = hmac.digest(salted, b"Client Key", name)
-    return ScramKeys(salt, hashlib.new(name, client_key).digest(), hmac.digest(salted, b"Server Key", name), iterations)
+    return ScramKeys(
+        salt, hashlib.new(name, client_key).digest(), hmac.digest(salted, b"Server Key", name), iterations
+    )
 
 
 def verify_plain(hash_name: str, password: str, keys: ScramKeys) -> bool:

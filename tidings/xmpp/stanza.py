@@ -82,7 +82,12 @@ def declare(raw: bytes, declarations: bytes) -> bytes:
 # --- trees, for those who consume a stanza ---
 
 _TREES = etree.XMLParser(
-    resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False, remove_comments=True, remove_pis=True
+    resolve_entities=False,
+    no_network=True,
+    load_dtd=False,
+    huge_tree=False,
+    remove_comments=True,
+    remove_pis=True,
 )
 _OPEN = b"<s xmlns='jabber:client'>"
 
@@ -92,8 +97,7 @@ def to_tree(raw: bytes) -> etree._Element:
 
     The bytes have been through expat before: what restricted XML forbids is not in them.
     """
-    tree = etree.fromstring(_OPEN + raw + b"</s>", _TREES)[0]
-    return tree
+    return etree.fromstring(_OPEN + raw + b"</s>", _TREES)[0]
 
 
 def to_bytes(tree: etree._Element) -> bytes:
@@ -126,7 +130,7 @@ def error_stanza(kind: str, id_: str, error: StanzaError, *, from_: str, to: str
 
 def local_name(tree: etree._Element) -> str:
     """The name of an element without its namespace."""
-    return cast(str, etree.QName(cast(Any, tree.tag)).localname)
+    return etree.QName(cast(Any, tree.tag)).localname
 
 
 def namespace(tree: etree._Element) -> str:
@@ -134,8 +138,8 @@ def namespace(tree: etree._Element) -> str:
 
 
 __all__ = [
-    "START_TAG",
     "STANZAS",
+    "START_TAG",
     "XML_LANG",
     "Element",
     "Stamp",

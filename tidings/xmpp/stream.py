@@ -183,7 +183,14 @@ class StreamEnded(NamedTuple):
 
 
 Event = (
-    StreamOpened | StartTls | SaslInitiated | SaslResponded | SaslAborted | StanzaReceived | NonzaReceived | StreamEnded
+    StreamOpened
+    | StartTls
+    | SaslInitiated
+    | SaslResponded
+    | SaslAborted
+    | StanzaReceived
+    | NonzaReceived
+    | StreamEnded
 )
 
 _SASL_INPUTS = {
@@ -360,9 +367,7 @@ class ServerStream:
             to = str(Jid.parse(to)) if to else ""
         except JidError:
             to = ""
-        self._out.append(
-            self._framing.header(id_=self.id, from_=host, to=to, lang=self.lang or self._config.lang)
-        )
+        self._out.append(self._framing.header(id_=self.id, from_=host, to=to, lang=self.lang or self._config.lang))
         self._header_sent = True
 
     def _stanza(self, element: Element, events: list[Event]) -> None:

@@ -166,9 +166,13 @@ class TcpConnection(asyncio.BufferedProtocol):
         early = _Early(self)
         try:
             transport = await loop.start_tls(
-                self.transport, early, self._tls(host), server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT
+                self.transport,
+                early,
+                self._tls(host),
+                server_side=True,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
             )
-        except (OSError, ssl.SSLError, asyncio.TimeoutError, ConnectionError):
+        except (TimeoutError, OSError, ssl.SSLError, ConnectionError):
             transport = None
         if transport is None:
             self.abort()

@@ -16,9 +16,7 @@ def _account() -> tuple[sa.Column[str], sa.Column[str]]:
 
 
 def upgrade() -> None:
-    op.create_table(
-        "accounts", *_account(), sa.Column("created_unix_ms", BigInt, nullable=False), if_not_exists=True
-    )
+    op.create_table("accounts", *_account(), sa.Column("created_unix_ms", BigInt, nullable=False), if_not_exists=True)
     op.create_table(
         "account_keys",
         *_account(),
@@ -63,11 +61,7 @@ def upgrade() -> None:
         sa.Column("stanza", Blob, nullable=False),
         sa.Column("pending", sa.Boolean, nullable=False),
         sa.Column("archived", sa.Boolean, nullable=False),
-        sa.Column(
-            "origin_key", sa.BINARY(32).with_variant(sa.LargeBinary(32), "sqlite"), nullable=True, unique=True
-        ),
+        sa.Column("origin_key", sa.BINARY(32).with_variant(sa.LargeBinary(32), "sqlite"), nullable=True, unique=True),
         if_not_exists=True,
     )
-    op.create_table(
-        "message_positions", *_account(), sa.Column("last", BigInt, nullable=False), if_not_exists=True
-    )
+    op.create_table("message_positions", *_account(), sa.Column("last", BigInt, nullable=False), if_not_exists=True)

@@ -8,9 +8,7 @@ from tidings.xmpp import ns
 
 def load(module: Module) -> None:
     module.stream_feature(lambda _host: b"<session xmlns='%b'><optional/></session>" % ns.SESSION.encode())
-    module.on_iq(
-        f"{{{ns.SESSION}}}session", lambda _iq: b"", types=("set",), where=(Where.SERVER, Where.ACCOUNT)
-    )
+    module.on_iq(f"{{{ns.SESSION}}}session", lambda _iq: b"", types=("set",), where=(Where.SERVER, Where.ACCOUNT))
 
 
 MODULE = ModuleSpec("session", load, xep="RFC 3921", version="3")

@@ -78,9 +78,7 @@ class _Presence:
                     self._route(session.jid, item.contact, "probe")
                 if item.pending_in:
                     # 3.1.3: requests that are not answered yet, at each log-in.
-                    self._router.deliver(
-                        session, Envelope(kind=PRESENCE, type="subscribe", stanza=item.pending_in)
-                    )
+                    self._router.deliver(session, Envelope(kind=PRESENCE, type="subscribe", stanza=item.pending_in))
         if rises:
             await self._module.announce_available(session)
         return True
@@ -303,4 +301,3 @@ def _changed(item: RosterItem, state: State) -> RosterItem:
         ask=state.pending_out,
         pending_in=item.pending_in if state.pending_in else b"",
     )
-

@@ -123,9 +123,7 @@ class _Roster:
 
     def _send(self, from_: Jid, to: str, type_: str) -> None:
         raw = f"<presence from={quoteattr(str(from_))} to={quoteattr(to)} type='{type_}'/>"
-        self._router.route(
-            Envelope(kind=PRESENCE, type=type_, from_jid=str(from_), to_jid=to, stanza=raw.encode())
-        )
+        self._router.route(Envelope(kind=PRESENCE, type=type_, from_jid=str(from_), to_jid=to, stanza=raw.encode()))
 
     def _own(self, iq: Stanza) -> Session:
         """2.1.3, 2.3.3: a roster is its owner's alone."""

@@ -1,0 +1,74 @@
+"""Fixtures for all tests: an installation in each of the three ways of running, and the databases."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tidings.kit.database_url import DatabaseUrl, parse
+from tidings.kit.db import Database
+from tidings.testing.mariadb import MariaDB
+from tidings.testing.server import ONE_PROCESS, WAYS, Installation
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--way",
+        choices=WAYS,
+        default=ONE_PROCESS,
+        help="how the installation runs: in one process, in one that dials itself, or one process for each service",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"tidings: way={config.getoption('--way')}"
+
+
+@pytest.fixture(scope="session")
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--way"))
+
+
+@pytest.fixture(scope="session")
+def installation(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """One installation for all tests that do not break it."""
+    running = Installation(way, tmp_path_factory.mktemp("installation"))
+    try:
+        running.start()
+        yield running
+    finally:
+        codes = running.stop()
+    assert set(codes.values()) == {0}, f"{codes}\n{running.logs()[-4000:]}"
+    assert '"level": "error"' not in running.logs(), running.logs()
+
+
+@pytest.fixture(scope="session")
+def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
+    if shutil.which("mariadbd") is None:
+        pytest.fail("MariaDB is wanted: apt-get install mariadb-server-core mariadb-client-core")
+    server = MariaDB(tmp_path_factory.mktemp("mariadb"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "mysql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseUrl:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return DatabaseUrl("sqlite", path=tmp_path / "test.sqlite")
+    server: MariaDB = request.getfixturevalue("mariadb")
+    return parse(server.create_database())
+
+
+@pytest.fixture
+async def database(database_url: DatabaseUrl) -> AsyncIterator[Database]:
+    opened = Database(database_url)
+    await opened.start()
+    yield opened
+    await opened.stop()
+
+
