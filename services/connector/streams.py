@@ -341,6 +341,8 @@ class ClientStream:
             closed.reason = reason
         self._streams.remove(self, reason)
         self._link = None
+        # Not at once: this may be called while the parser is at work.
+        self._loop.call_soon(self._core.release)
 
     # --- what others see of it ---
 

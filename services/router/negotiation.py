@@ -88,28 +88,32 @@ class Negotiator:
 
     # --- SASL ---
 
-    def sasl_initiate(self, stream: Negotiation, initiate: SaslInitiate) -> Awaitable[None]:
-        return self._sasl(stream, initiate.mechanism, initiate.data if initiate.has_data else None)
+    def sasl_initiate(self, stream: Negotiation, initiate: SaslInitiate) -> Awaitable[None] | None:
+        stream.exchange = None
+        try:
+            stream.exchange = self._authentication.begin(initiate.mechanism, stream.info)
+        except SaslError as error:
+            self._sasl_failed(stream, error)
+            return None
+        if not initiate.has_data:
+            # RFC 6120 6.4.2: the mechanism wants a first message, and gets it in the next round.
+            stream.link.command(stream.number).sasl_challenge.data = b""
+            return None
+        return self._sasl(stream, initiate.data)
 
     def sasl_response(self, stream: Negotiation, data: bytes) -> Awaitable[None]:
-        return self._sasl(stream, "", data)
+        return self._sasl(stream, data)
 
     def sasl_abort(self, stream: Negotiation) -> None:
         """RFC 6120 6.4.4."""
         stream.exchange = None
         self._sasl_failed(stream, SaslError("aborted"))
 
-    async def _sasl(self, stream: Negotiation, mechanism: str, data: bytes | None) -> None:
+    async def _sasl(self, stream: Negotiation, data: bytes) -> None:
         try:
-            if mechanism:
-                stream.exchange = self._authentication.begin(mechanism, stream.info)
-                if data is None:
-                    # RFC 6120 6.4.2: the mechanism wants a first message, and gets it in the next round.
-                    stream.link.command(stream.number).sasl_challenge.data = b""
-                    return
             if stream.exchange is None:
                 raise SaslError("malformed-request", "no exchange is going on")
-            answer = await stream.exchange.step(data or b"")
+            answer = await stream.exchange.step(data)
         except SaslError as error:
             stream.exchange = None
             self._sasl_failed(stream, error)

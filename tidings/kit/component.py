@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.common.v1.stanza_pb2 import Envelope, Feed
 from tidings.api.component.v1 import component_pb2 as pb
 from tidings.api.component.v1.component_pb2_grpc import ComponentServiceStub
@@ -25,7 +26,7 @@ from tidings.cluster.node import Node, NodeState
 from tidings.kit.link import INTERVAL, Outbox
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KIND_NAMES, MESSAGE, PRESENCE, Stanza
-from tidings.kit.rpc_errors import describe
+from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.service import Context
 from tidings.kit.tasks import Tasks
 from tidings.xmpp import ns
@@ -134,12 +135,16 @@ class Component:
                 try:
                     await self._attach(node)
                 except (grpc.RpcError, TimeoutError) as error:
-                    reason = describe(error) if isinstance(error, grpc.RpcError) else "no answer"
-                    unavailable = isinstance(error, TimeoutError) or error.code() == grpc.StatusCode.UNAVAILABLE
-                    (log.debug if told or unavailable else log.error)(
-                        "component_not_attached", component=self.name, router=node.hostname, reason=reason
+                    # A refusal has a reason and is worth an error, once; all else passes.
+                    refusal = error_detail(error) if isinstance(error, grpc.RpcError) else None
+                    final = refusal is not None and refusal.reason != ErrorReason.ERROR_REASON_NOT_SERVING
+                    (log.error if final and not told else log.debug)(
+                        "component_not_attached",
+                        component=self.name,
+                        router=node.hostname,
+                        reason=describe(error) if isinstance(error, grpc.RpcError) else "no answer",
                     )
-                    told = told or not unavailable
+                    told = told or final
                 await asyncio.sleep(RETRY)
         finally:
             self._attaching.discard(node.incarnation)

@@ -108,6 +108,10 @@ class RawClient:
             return await self.element(timeout)
         return tree
 
+    async def raw_until(self, end: bytes, timeout: float = TIMEOUT) -> bytes:
+        """Bytes as they come, up to and with `end`."""
+        return await asyncio.wait_for(self._reader.readuntil(end), timeout)
+
     async def closed(self, timeout: float = TIMEOUT) -> Closed:
         """Waits until the server has closed; elements on the way are dropped."""
         while True:

@@ -79,6 +79,7 @@ class StreamParser:
         # The bytes from the end of the last complete element on; `_last` is that end within them.
         self._data = b""
         self._last = 0
+        self._expat: XMLParserType = None  # type: ignore[assignment]
         self._open()
 
     # --- for the owner ---
@@ -99,6 +100,13 @@ class StreamParser:
         self._prefixes = []
         self._halted = False
         self._open()
+
+    def release(self) -> None:
+        """The stream is over: gives back expat, whose handlers hold this parser as this holds it."""
+        self.error = self.error or StreamError("undefined-condition", "the stream is over")
+        self._rest = self._data = b""
+        for handler in _HANDLERS:
+            setattr(self._expat, handler, None)
 
     def keep(self, data: bytes) -> None:
         """Puts bytes behind those that wait, unparsed."""
@@ -134,6 +142,9 @@ class StreamParser:
 
     def _open(self) -> None:
         """A new expat, before the stream header."""
+        if self._expat is not None:
+            for handler in _HANDLERS:
+                setattr(self._expat, handler, None)
         expat = ParserCreate("utf-8", " ")
         if hasattr(expat, "SetReparseDeferralEnabled"):
             # expat 2.6 and later keep events back until more bytes come; MAX_TAG_BYTES guards us instead.
@@ -146,7 +157,7 @@ class StreamParser:
         expat.CommentHandler = _restricted
         expat.ProcessingInstructionHandler = _restricted
         expat.EntityDeclHandler = _restricted
-        self._expat: XMLParserType = expat
+        self._expat = expat
         self._names: dict[str, str] = {}
         # The bytes from the end of the last complete element on, and where they begin in expat's count.
         self._data = b""
@@ -223,6 +234,8 @@ class StreamParser:
                     raise StreamError("bad-format", "text between stanzas")
                 if len(attrs) > self.limits.attributes > 0:
                     raise StreamError("policy-violation", f"more than {self.limits.attributes} attributes")
+                if name == _STREAM_NAME:
+                    raise StreamError("bad-format", "a stream within a stream")
                 self._start = position
                 self._name = self._names.get(name) or self._named(name)
                 self._attrs = attrs
@@ -327,6 +340,15 @@ class StreamParser:
         return StreamError("not-well-formed", errors.messages.get(error.code, ""))
 
 
+_HANDLERS = (
+    "StartElementHandler",
+    "EndElementHandler",
+    "XmlDeclHandler",
+    "StartDoctypeDeclHandler",
+    "CommentHandler",
+    "ProcessingInstructionHandler",
+    "EntityDeclHandler",
+)
 _UNDEFINED_ENTITY = errors.codes[errors.XML_ERROR_UNDEFINED_ENTITY]
 
 

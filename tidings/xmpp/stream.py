@@ -290,6 +290,10 @@ class ServerStream:
                 return
             data = b""
 
+    def release(self) -> None:
+        """The transport is gone too: gives back what only a living stream needs."""
+        self._framing.parser.release()
+
     def resume(self) -> list[Event]:
         """Goes on with bytes that waited for an answer; call it after each answer of the router."""
         if self.state in WAITING or not self._framing.parser.waiting:

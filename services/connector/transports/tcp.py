@@ -52,7 +52,7 @@ class TcpConnection(asyncio.BufferedProtocol):
     """One connection. All that is decided about it is decided by its stream."""
 
     __slots__ = (
-        "_closing", "_flusher", "_make_stream", "_paused", "_queue", "_queued", "_tls", "_upgrading", "stream",
+        "_closing", "_cut_off", "_flusher", "_make_stream", "_paused", "_queue", "_queued", "_tls", "_upgrading", "stream",
         "transport",
     )  # fmt: skip
 
@@ -72,6 +72,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._paused = False
         self._upgrading = False
         self._closing = False
+        # Cuts a client off that does not take our goodbye.
+        self._cut_off: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self.stream: ClientStream = None  # type: ignore[assignment]
 
@@ -97,6 +99,8 @@ class TcpConnection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
         self._queue.clear()
+        if self._cut_off is not None:
+            self._cut_off.cancel()
         self.stream.disconnected(str(error) if error else "connection closed")
 
     def pause_writing(self) -> None:
@@ -147,7 +151,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self.flush()
         self._closing = True
         self.transport.close()
-        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.transport.abort)
+        self._cut_off = asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.transport.abort)
 
     def abort(self) -> None:
         self._closing = True

@@ -1,0 +1,233 @@
+"""What the router's stores must do: one suite over memory, SQLite and MariaDB."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.router.store import AccountExists, AccountStore, MessageStore, RosterItem, RosterStore
+from services.router.store_memory import MemoryAccountStore, MemoryMessageStore, MemoryRosterStore
+from services.router.store_sql import SqlAccountStore, SqlMessageStore, SqlRosterStore
+from tidings.kit.database_url import DatabaseUrl, parse
+from tidings.kit.db import Database
+from tidings.kit.migrations import migrate
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.sasl import ScramKeys
+
+KEYS = {"SHA-1": ScramKeys(b"salt", b"stored", b"server", 4096), "SHA-256": ScramKeys(b"s2", b"k2", b"v2", 4096)}
+ROMEO = Jid.parse("romeo@example.org")
+JULIET = Jid.parse("juliet@example.org")
+
+
+@dataclass
+class Stores:
+    accounts: AccountStore
+    rosters: RosterStore
+    messages: MessageStore
+
+
+@pytest.fixture(params=["memory", "sqlite", "mysql"])
+async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stores]:
+    if request.param == "memory":
+        yield Stores(MemoryAccountStore(), MemoryRosterStore(), MemoryMessageStore())
+        return
+    if request.param == "sqlite":
+        url = DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")
+    else:
+        url = parse(request.getfixturevalue("mariadb").create_database())
+    database = Database(url)
+    await database.start()
+    await migrate(database, "router", "services.router:migrations")
+    messages = SqlMessageStore(database)
+    await messages.start()
+    yield Stores(SqlAccountStore(database), SqlRosterStore(database), messages)
+    await messages.stop()
+    await database.stop()
+
+
+# --- accounts ---
+
+
+async def test_an_account_is_made_once(stores: Stores) -> None:
+    await stores.accounts.create("example.org", "romeo", KEYS)
+    with pytest.raises(AccountExists):
+        await stores.accounts.create("example.org", "romeo", KEYS)
+    assert await stores.accounts.exists("example.org", "romeo")
+    assert not await stores.accounts.exists("example.net", "romeo")
+
+
+async def test_of_many_who_make_an_account_at_once_one_succeeds(stores: Stores) -> None:
+    results = await asyncio.gather(
+        *(stores.accounts.create("example.org", "romeo", KEYS) for _ in range(8)), return_exceptions=True
+    )
+    assert sorted(type(result).__name__ for result in results) == ["AccountExists"] * 7 + ["NoneType"]
+
+
+async def test_keys_are_kept_by_hash_and_replaced_together(stores: Stores) -> None:
+    await stores.accounts.create("example.org", "romeo", KEYS)
+    assert await stores.accounts.keys("example.org", "romeo", "SHA-256") == KEYS["SHA-256"]
+    assert await stores.accounts.keys("example.org", "romeo", "SHA-512") is None
+    new = {"SHA-512": ScramKeys(b"s3", b"k3", b"v3", 9999)}
+    await stores.accounts.set_keys("example.org", "romeo", new)
+    assert await stores.accounts.keys("example.org", "romeo", "SHA-256") is None
+    assert await stores.accounts.keys("example.org", "romeo", "SHA-512") == new["SHA-512"]
+
+
+async def test_keys_of_nobody_are_not_made_by_setting_them(stores: Stores) -> None:
+    await stores.accounts.set_keys("example.org", "nobody", KEYS)
+    assert not await stores.accounts.exists("example.org", "nobody")
+    assert await stores.accounts.keys("example.org", "nobody", "SHA-1") is None
+
+
+async def test_names_are_compared_byte_by_byte(stores: Stores) -> None:
+    """No collation of a database makes two users one."""
+    for name in ("strasse", "stra\u00dfe", "e", "\u00e9", "a b"[0] + "\u0308", "\u00e4"):
+        await stores.accounts.create("example.org", name, KEYS)
+    assert len(await stores.accounts.page("example.org", "", 100)) == 6
+
+
+async def test_the_longest_names_fit(stores: Stores) -> None:
+    longest = "x" * 1023
+    await stores.accounts.create("example.org", longest, KEYS)
+    account = Jid(longest, "example.org", "")
+    contact = f"{'y' * 1023}@{'z' * 1023}"
+    await stores.rosters.put(account, RosterItem(contact, name="n" * 1023))
+    assert (await stores.rosters.load(account)).items[contact].name == "n" * 1023
+
+
+async def test_accounts_are_listed_by_pages_and_hosts(stores: Stores) -> None:
+    for host in ("example.org", "example.net"):
+        for number in range(5):
+            await stores.accounts.create(host, f"u{number}", KEYS)
+    first = await stores.accounts.page(None, "", 4)
+    second = await stores.accounts.page(None, first[-1].jid, 100)
+    jids = [row.jid for row in first + second]
+    assert jids == sorted(jids)
+    assert len(jids) == 10
+    assert [row.jid for row in await stores.accounts.page("example.net", "", 2)] == ["u0@example.net", "u1@example.net"]
+
+
+async def test_a_deleted_account_is_gone_with_its_keys(stores: Stores) -> None:
+    await stores.accounts.create("example.org", "romeo", KEYS)
+    await stores.accounts.delete("example.org", "romeo")
+    assert not await stores.accounts.exists("example.org", "romeo")
+    await stores.accounts.create("example.org", "romeo", {"SHA-1": KEYS["SHA-1"]})
+    assert await stores.accounts.keys("example.org", "romeo", "SHA-256") is None
+
+
+async def test_everybody_gets_the_same_key_for_made_up_salts(stores: Stores) -> None:
+    keys = await asyncio.gather(*(stores.accounts.fake_salt_key() for _ in range(5)))
+    assert len(set(keys)) == 1
+    assert len(keys[0]) == 32
+
+
+# --- rosters ---
+
+
+async def test_an_empty_roster_is_empty(stores: Stores) -> None:
+    roster = await stores.rosters.load(ROMEO)
+    assert (roster.version, roster.items) == (0, {})
+
+
+async def test_an_item_is_kept_with_all_that_it_says(stores: Stores) -> None:
+    item = RosterItem("juliet@example.org", "Jülïet ♥", ("A", "B'\""), "both", True, b"<presence/>", True)
+    assert await stores.rosters.put(ROMEO, item) == 1
+    assert (await stores.rosters.load(ROMEO)).items == {"juliet@example.org": item}
+    assert (await stores.rosters.load(JULIET)).items == {}
+
+
+async def test_each_change_raises_the_version_and_can_be_asked_for(stores: Stores) -> None:
+    await stores.rosters.put(ROMEO, RosterItem("a@example.org"))
+    await stores.rosters.put(ROMEO, RosterItem("b@example.org"))
+    await stores.rosters.put(ROMEO, RosterItem("a@example.org", name="A"))
+    assert await stores.rosters.remove(ROMEO, "b@example.org") == 4
+    assert await stores.rosters.changes(ROMEO, 1) == [(3, "a@example.org"), (4, "b@example.org")]
+    assert await stores.rosters.changes(ROMEO, 4) == []
+    assert await stores.rosters.changes(ROMEO, 5) is None, "a version that has never been"
+    assert list((await stores.rosters.load(ROMEO)).items) == ["a@example.org"]
+
+
+async def test_changes_at_once_do_not_undo_each_other(stores: Stores) -> None:
+    versions = await asyncio.gather(*(stores.rosters.put(ROMEO, RosterItem(f"c{n}@example.org")) for n in range(12)))
+    assert sorted(versions) == list(range(1, 13))
+    assert len((await stores.rosters.load(ROMEO)).items) == 12
+
+
+async def test_a_roster_is_deleted_whole(stores: Stores) -> None:
+    await stores.rosters.put(ROMEO, RosterItem("a@example.org"))
+    await stores.rosters.delete_all(ROMEO)
+    assert (await stores.rosters.load(ROMEO)).items == {}
+
+
+# --- messages ---
+
+
+async def keep(stores: Stores, account: Jid, text: str, origin: str = "", number: int = 0) -> None:
+    await stores.messages.keep(
+        account, id_=f"id-{text}", from_jid="a@example.org/r", received_unix_ms=1_700_000_000_123,
+        stanza=f"<message><body>{text}</body></message>".encode(), origin=origin, number=number,
+    )  # fmt: skip
+
+
+async def test_messages_come_back_in_the_order_in_which_they_were_kept(stores: Stores) -> None:
+    for number in range(5):
+        await keep(stores, ROMEO, str(number))
+    await keep(stores, JULIET, "other")
+    kept = await stores.messages.pending(ROMEO, 0, 3)
+    assert [message.id for message in kept] == ["id-0", "id-1", "id-2"]
+    assert kept[0].received_unix_ms == 1_700_000_000_123
+    rest = await stores.messages.pending(ROMEO, kept[-1].position, 100)
+    assert [message.stanza for message in rest] == [
+        b"<message><body>3</body></message>", b"<message><body>4</body></message>",
+    ]  # fmt: skip
+    assert await stores.messages.pending_count(ROMEO) == 5
+
+
+async def test_many_at_once_are_all_kept_with_positions_of_their_own(stores: Stores) -> None:
+    accounts = [Jid.parse(f"u{n}@example.org") for n in range(4)]
+    await asyncio.gather(*(keep(stores, accounts[n % 4], str(n), "s", n) for n in range(200)))
+    for account in accounts:
+        kept = await stores.messages.pending(account, 0, 1000)
+        assert len(kept) == 50
+        assert len({message.position for message in kept}) == 50
+
+
+async def test_a_message_that_comes_twice_is_kept_once(stores: Stores) -> None:
+    await keep(stores, ROMEO, "x", "session", 7)
+    await keep(stores, ROMEO, "x", "session", 7)
+    await asyncio.gather(*(keep(stores, ROMEO, "y", "session", 8) for _ in range(5)))
+    await keep(stores, JULIET, "x", "session", 7)
+    assert await stores.messages.pending_count(ROMEO) == 2
+    assert await stores.messages.pending_count(JULIET) == 1
+
+
+async def test_messages_without_origin_are_never_taken_for_each_other(stores: Stores) -> None:
+    await keep(stores, ROMEO, "x")
+    await keep(stores, ROMEO, "x")
+    assert await stores.messages.pending_count(ROMEO) == 2
+
+
+async def test_delivered_messages_wait_no_longer_and_positions_go_on(stores: Stores) -> None:
+    await keep(stores, ROMEO, "1")
+    await keep(stores, ROMEO, "2")
+    first, second = await stores.messages.pending(ROMEO, 0, 10)
+    await stores.messages.delivered(ROMEO, [first.position])
+    assert await stores.messages.pending(ROMEO, 0, 10) == [second]
+    await stores.messages.delivered(ROMEO, [second.position])
+    await keep(stores, ROMEO, "3")
+    assert (await stores.messages.pending(ROMEO, 0, 10))[0].position > second.position
+
+
+async def test_large_and_odd_bytes_survive(stores: Stores) -> None:
+    stanza = "<message><body>é♥😀</body></message>".encode() + b"x" * 250_000
+    await stores.messages.keep(
+        ROMEO, id_="i", from_jid="ä@example.org/♥", received_unix_ms=1, stanza=stanza, origin="", number=0
+    )
+    (kept,) = await stores.messages.pending(ROMEO, 0, 10)
+    assert (kept.from_jid, kept.stanza) == ("ä@example.org/♥", stanza)
+    await stores.messages.delete_all(ROMEO)
+    assert await stores.messages.pending(ROMEO, 0, 10) == []
