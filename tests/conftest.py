@@ -21,10 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=ONE_PROCESS,
         help="how the installation runs: in one process, in one that dials itself, or one process for each service",
     )
+    parser.addoption(
+        "--database", choices=("sqlite", "mysql"), default="sqlite", help="the database of the installation"
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"tidings: way={config.getoption('--way')}"
+    return f"tidings: way={config.getoption('--way')}, database={config.getoption('--database')}"
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +36,14 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def installation(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+def installation(
+    way: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Installation]:
     """One installation for all tests that do not break it."""
-    running = Installation(way, tmp_path_factory.mktemp("installation"))
+    uri = ""
+    if request.config.getoption("--database") == "mysql":
+        uri = request.getfixturevalue("mariadb").create_database()
+    running = Installation(way, tmp_path_factory.mktemp("installation"), database=uri)
     try:
         running.start()
         yield running

@@ -18,7 +18,7 @@ from tidings.kit.db import DatabaseAway
 from tidings.kit.grpc_server import current_caller
 from tidings.kit.link import INTERVAL, Lane, Outbox, Overflow
 from tidings.kit.logging import get_logger
-from tidings.kit.module import KINDS, PRESENCE, Module, ModuleSpec, Session, Stanza
+from tidings.kit.module import KINDS, PRESENCE, Module, ModuleSpec, Session
 from tidings.kit.rpc_errors import TidingsError
 from tidings.kit.tasks import Tasks
 from tidings.xmpp.errors import StreamError
@@ -177,18 +177,18 @@ class ComponentLinks:
 
     def _watch(self, module: Module) -> None:
         """Registers what the feeds are made of."""
-        module.on_sent(PRESENCE, self._presence)
+        module.on_presence_changed(self._presence)
         module.on_session_ended(self._session_end)
 
-    def _presence(self, stanza: Stanza) -> bool:
+    def _presence(self, session: Session, raw: bytes, type_: str) -> None:
         links = self._by_feed.get(Feed.FEED_PRESENCE)
-        if links and not stanza.envelope.to_jid and stanza.type in ("", "unavailable"):
-            copy = Envelope()
-            copy.CopyFrom(stanza.envelope)
-            copy.feed = Feed.FEED_PRESENCE
+        if links:
+            copy = Envelope(
+                origin=session.id, kind=PRESENCE, type=type_, from_jid=str(session.jid), stanza=raw,
+                feed=Feed.FEED_PRESENCE,
+            )  # fmt: skip
             for link in links:
                 link.send(copy)
-        return False
 
     def _session_end(self, session: Session, was_available: bool) -> None:
         for link in self._by_feed.get(Feed.FEED_SESSION_END, ()):

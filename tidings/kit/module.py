@@ -150,6 +150,8 @@ IqHandler = Callable[[Stanza], bytes | Awaitable[bytes]]
 StanzaHandler = Callable[[Stanza], bool | Awaitable[bool]]
 SessionHandler = Callable[[Session], Awaitable[None] | None]
 EndHandler = Callable[[Session, bool], Awaitable[None] | None]
+# The session, its presence as it was sent, and the type: '' or "unavailable".
+PresenceHandler = Callable[[Session, bytes, str], None]
 AccountHandler = Callable[[Jid], Awaitable[None] | None]
 # On a stream that nobody is authenticated on: the request, and the virtual host of the stream.
 EarlyIqHandler = Callable[[Stanza, str], bytes | Awaitable[bytes]]
@@ -197,6 +199,7 @@ class Hooks:
     undelivered: list[StanzaHandler] = field(default_factory=list)
     session_started: list[SessionHandler] = field(default_factory=list)
     session_available: list[SessionHandler] = field(default_factory=list)
+    presence_changed: list[PresenceHandler] = field(default_factory=list)
     session_ended: list[EndHandler] = field(default_factory=list)
     account_deleted: list[AccountHandler] = field(default_factory=list)
     stream_features: list[tuple[bool, Callable[[str], bytes]]] = field(default_factory=list)
@@ -291,6 +294,10 @@ class Module:
         """A session sent initial presence, or its priority rose from below zero."""
         self._hooks.session_available.append(handler)
 
+    def on_presence_changed(self, handler: PresenceHandler) -> None:
+        """A session has broadcast presence that was in order, or became unavailable."""
+        self._hooks.presence_changed.append(handler)
+
     def on_session_ended(self, handler: EndHandler) -> None:
         """A session is over; the flag says whether it was available till then."""
         self._hooks.session_ended.append(handler)
@@ -302,6 +309,11 @@ class Module:
     def after(self, iq: Stanza, work: Callable[[], None]) -> None:
         """Does `work` right behind the result that the handler of this request returns."""
         iq.after = work
+
+    def announce_presence(self, session: Session, raw: bytes, type_: str) -> None:
+        """For the module that handles presence: tells the others what a session has broadcast."""
+        for handler in self._hooks.presence_changed:
+            handler(session, raw, type_)
 
     async def announce_available(self, session: Session) -> None:
         """For the module that handles presence: tells the others that a session became available.

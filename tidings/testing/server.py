@@ -46,6 +46,8 @@ class Installation:
     folder: Path
     options: Sequence[str] = ()
     hosts: str = "localhost,example.net"
+    # Where the database is; '' for SQLite in the data folder. Only services that need it are told.
+    database: str = ""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
 
@@ -65,11 +67,15 @@ class Installation:
             registry = f"--registry={self.registry_address}:{self.cluster_port}"
             for number, service in enumerate(SERVICES, 11):
                 extra = [] if service == "registry" else [registry]
+                if self.database and service in ("registry", "router"):
+                    extra += ["--user-db=mysql", f"--user-db-uri={self.database}"]
                 self.spawn(service, [service, f"--bind-address=127.0.0.{number}", *extra])
             for service in SERVICES:
                 self.wait(service)
         else:
             extra = ["--in-process=false"] if self.way == LOOPBACK else []
+            if self.database:
+                extra += ["--user-db=mysql", f"--user-db-uri={self.database}"]
             self.spawn("all", ["--bind-address=127.0.0.1", *extra])
             self.wait("all")
 

@@ -68,6 +68,7 @@ class _Presence:
         account = session.jid.bare
         roster = await self._rosters.of(account, self._router)
         self._broadcast(session, roster, stanza.raw, "")
+        self._module.announce_presence(session, stanza.raw, "")
         if initial:
             for other in list(self._router.sessions(session.account).values()):
                 if other is not session and other.presence is not None:
@@ -96,6 +97,7 @@ class _Presence:
         directed, session.directed = session.directed, set()
         if was_available:
             self._broadcast(session, roster, raw, "unavailable")
+            self._module.announce_presence(session, raw, "unavailable")
         # 4.6.3: whom the broadcast does not reach.
         for jid in directed:
             item = roster.items.get(str(Jid.parse(jid).bare))
