@@ -4,19 +4,102 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 PROTOS := $(shell find protos -name '*.proto' | sort)
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
+.PHONY: help run test check proto proto-check bench clean test-processes test-loopback test-mysql test-all test-packages python
 
 help:  ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
-proto: $(PROTO_BIN)/protoc-gen-mypy  ## Generate tidings/api from protos/
-	@find tidings/api -name '*_pb2*' -delete
-	PATH=$(CURDIR)/$(PROTO_BIN):$$PATH $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
-	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
-	@for d in $$(find tidings/api -type d -not -name __pycache__); do touch $$d/__init__.py; done
+run: $(VENV)/.run  ## Install, and run a server on this machine
+	@exec $(BIN)/tidings run $(OPTIONS)
 
-$(PROTO_BIN)/protoc-gen-mypy: requirements/proto.txt
-	$(PYTHON) -m venv .venv-proto
-	$(PROTO_BIN)/pip install --quiet --disable-pip-version-check -r requirements/proto.txt
+test: $(VENV)/.test test-packages  ## Install what the tests need, and run them
+	$(BIN)/python -m pytest -q --durations=5
+	$(BIN)/python -m pytest -q tests/conformance/test_plays.py tests/contract/test_component.py --way=processes
+	$(BIN)/python -m pytest -q tests/conformance/test_violations.py --way=loopback
+
+test-all: test test-processes test-loopback test-mysql  ## All tests in every way of running
+
+test-processes: $(VENV)/.test  ## The conformance tests with one process for each service
+	$(BIN)/python -m pytest -q tests/conformance tests/contract/test_component.py --way=processes
+
+test-loopback: $(VENV)/.test  ## The same in one process that dials itself
+	$(BIN)/python -m pytest -q tests/conformance tests/contract/test_component.py --way=loopback
+
+test-mysql: $(VENV)/.test test-packages  ## The same on MariaDB
+	$(BIN)/python -m pytest -q tests/conformance --way=processes --database=mysql
+
+check: $(VENV)/.check proto-check  ## Format, lint, types, imports, generated code
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	@$(BIN)/python tests/lint.py
+
+proto: $(PROTO_BIN)/.made  ## Generate tidings/api from protos/
+	@$(call generate,.)
+
+proto-check: $(PROTO_BIN)/.made
+	@rm -rf build/proto && mkdir -p build/proto && $(call generate,build/proto)
+	@diff -r -x __pycache__ -x __init__.py build/proto/tidings/api tidings/api \
+	  || { echo "tidings/api is not what protos/ say: run make proto" >&2; exit 1; }
+
+bench: $(VENV)/.test  ## Measure, and write docs/benchmarks.md (some minutes)
+	@command -v gcc >/dev/null || { echo "gcc is missing: apt-get install gcc libc6-dev" >&2; exit 1; }
+	gcc -O2 -Wall -o tests/bench/xmppload tests/bench/xmppload.c
+	$(BIN)/python tests/bench/run.py
+
+clean:  ## Remove what make has made, but not data/
+	rm -rf $(VENV) .venv-proto build dist *.egg-info
+
+# --- what the targets above stand on ---
+
+define generate
+find $(1)/tidings/api -name '*_pb2*' -delete 2>/dev/null; \
+PATH=$(CURDIR)/$(PROTO_BIN):$$PATH $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
+  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS) && \
+for d in $$(find $(1)/tidings/api -type d -not -name __pycache__); do touch $$d/__init__.py; done
+endef
+
+python:
+	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: apt-get install python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is wanted; this is $$($(PYTHON) --version)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "Python can't make virtual environments: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/bin/pip: | python
+	@echo "making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/pip
+	@echo "installing Tidings (once; about a minute)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@echo "installing what the tests need"
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.run
+	@$(PIP) --editable '.[check,test]'
+	@touch $@
+
+# Debian packages that tests need: a database server, installed where we may.
+test-packages:
+	@if ! command -v mariadbd >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing mariadb-server-core and mariadb-client-core"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	      mariadb-server-core mariadb-client-core >/dev/null; \
+	  else echo "the tests need a database server: apt-get install mariadb-server-core mariadb-client-core" >&2; exit 1; fi; fi
+
+$(PROTO_BIN)/.made: requirements/proto.txt | python
+	@echo "installing the generator of tidings/api"
+	@$(PYTHON) -m venv .venv-proto
+	@$(PROTO_BIN)/pip install --quiet --disable-pip-version-check -r requirements/proto.txt
 	@touch $@

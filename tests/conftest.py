@@ -78,5 +78,3 @@ async def database(database_url: DatabaseUrl) -> AsyncIterator[Database]:
     await opened.start()
     yield opened
     await opened.stop()
-
-

@@ -11,18 +11,18 @@ from tidings.api.router.v1.router_pb2 import StreamCommand, StreamEvent, TlsInfo
 from tidings.kit.logging import get_logger
 from tidings.kit.module import KINDS, NONZA
 from tidings.xmpp.errors import SaslError, StreamError
-from tidings.xmpp.jid import Jid
-from tidings.xmpp.stream import (
+from tidings.xmpp.events import (
     NonzaReceived,
     SaslAborted,
     SaslInitiated,
     SaslResponded,
-    ServerStream,
     StanzaReceived,
     StartTls,
     StreamEnded,
     StreamOpened,
 )
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.stream import ServerStream
 
 if TYPE_CHECKING:
     from services.connector.router_link import RouterLink

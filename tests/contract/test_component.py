@@ -78,7 +78,10 @@ def toys(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Install
     running = Installation(
         way,
         tmp_path_factory.mktemp("toys"),
-        ["--component-allow[toys]=room.{vhost},*,account:" + PEP + ",exact.example", "--component-allow[narrow]=room.{vhost}"],
+        [
+            "--component-allow[toys]=room.{vhost},*,account:" + PEP + ",exact.example",
+            "--component-allow[narrow]=room.{vhost}",
+        ],
     )
     try:
         running.start()
@@ -117,7 +120,11 @@ async def a_user(toys: Installation, name: str) -> AsyncIterator[RawClient]:
     await client.close()
 
 
-BARE, DOMAIN, ASSIGNED = pb.RoutingKey.ROUTING_KEY_BARE_TO, pb.RoutingKey.ROUTING_KEY_DOMAIN_TO, pb.RoutingKey.ROUTING_KEY_ASSIGNED
+BARE, DOMAIN, ASSIGNED = (
+    pb.RoutingKey.ROUTING_KEY_BARE_TO,
+    pb.RoutingKey.ROUTING_KEY_DOMAIN_TO,
+    pb.RoutingKey.ROUTING_KEY_ASSIGNED,
+)
 
 
 async def attached(stub: Any, **registration: Any) -> Toy:
@@ -135,7 +142,12 @@ async def test_a_room_gets_what_is_sent_to_it_and_reflects_it(stub: Any, romeo: 
     assert list(room.registered.virtual_hosts) == ["example.net", "localhost"]
     await romeo.send("<message to='garden@room.localhost' type='groupchat' id='1'><body>hello, all</body></message>")
     envelope = await room.take()
-    assert (envelope.from_jid, envelope.to_jid, envelope.type, envelope.id) == (romeo.jid, "garden@room.localhost", "groupchat", "1")
+    assert (envelope.from_jid, envelope.to_jid, envelope.type, envelope.id) == (
+        romeo.jid,
+        "garden@room.localhost",
+        "groupchat",
+        "1",
+    )
     assert list(envelope.children) == ["body"]
     assert etree.fromstring(envelope.stanza).get("from") == romeo.jid
     await room.send(
@@ -146,13 +158,18 @@ async def test_a_room_gets_what_is_sent_to_it_and_reflects_it(stub: Any, romeo: 
     )
     for client in (romeo, juliet):
         message = await client.element()
-        assert (message.get("from"), message.findtext("{jabber:client}body")) == ("garden@room.localhost/romeo", "hello, all")
+        assert (message.get("from"), message.findtext("{jabber:client}body")) == (
+            "garden@room.localhost/romeo",
+            "hello, all",
+        )
     await room.close()
 
 
 async def test_a_room_is_in_the_list_of_its_host_while_it_is_there(stub: Any, romeo: RawClient) -> None:
     async def listed() -> set[str]:
-        await romeo.send("<iq type='get' id='i' to='localhost'><query xmlns='http://jabber.org/protocol/disco#items'/></iq>")
+        await romeo.send(
+            "<iq type='get' id='i' to='localhost'><query xmlns='http://jabber.org/protocol/disco#items'/></iq>"
+        )
         answer = await romeo.element()
         return {item.get("jid") for item in answer[0]}
 
@@ -168,7 +185,9 @@ async def test_errors_and_answers_of_a_component_reach_who_asked(stub: Any, rome
     room = await attached(stub, instance="a", domains=["room.{vhost}"], routing_key=BARE)
     await romeo.send("<iq type='get' id='7' to='room.localhost'><q xmlns='urn:example:q'/></iq>")
     envelope = await room.take()
-    await room.send(f"<iq type='result' id='7' from='room.localhost' to='{envelope.from_jid}'><q xmlns='urn:example:q'>42</q></iq>")
+    await room.send(
+        f"<iq type='result' id='7' from='room.localhost' to='{envelope.from_jid}'><q xmlns='urn:example:q'>42</q></iq>"
+    )
     answer = await romeo.element()
     assert (answer.get("id"), answer.get("from"), answer[0].text) == ("7", "room.localhost", "42")
     # What the component sends to nobody comes back to it.
@@ -191,7 +210,9 @@ async def test_a_domain_that_nobody_serves_any_more_is_unreachable(stub: Any, ro
     assert before[0][0][0].tag.endswith("remote-server-not-found")
 
 
-async def test_instances_share_the_work_by_bare_jid_and_the_same_room_stays_together(stub: Any, romeo: RawClient) -> None:
+async def test_instances_share_the_work_by_bare_jid_and_the_same_room_stays_together(
+    stub: Any, romeo: RawClient
+) -> None:
     first = await attached(stub, instance="a", domains=["room.{vhost}"], routing_key=BARE)
     second = await attached(stub, instance="b", domains=["room.{vhost}"], routing_key=BARE)
     for number in range(40):
@@ -221,7 +242,9 @@ async def test_instances_that_say_what_is_theirs_get_that(stub: Any, romeo: RawC
         await toys[owner].assign("hall@room.localhost", True)
         # The assignments have been taken when what was sent behind them has come back.
         for name, toy in toys.items():
-            await toy.send(f"<message from='sync-{name}@room.localhost' to='nobody@localhost' id='s'><body>x</body></message>")
+            await toy.send(
+                f"<message from='sync-{name}@room.localhost' to='nobody@localhost' id='s'><body>x</body></message>"
+            )
             assert (await toy.take()).id == "s"
         await romeo.send("<message to='hall@room.localhost/x' id='m'><body>x</body></message>")
         assert (await toys[owner].take()).id == "m"
@@ -232,7 +255,9 @@ async def test_instances_that_say_what_is_theirs_get_that(stub: Any, romeo: RawC
 # --- a toy PEP ---
 
 
-async def test_a_namespace_at_accounts_is_served_by_its_component(stub: Any, romeo: RawClient, juliet: RawClient) -> None:
+async def test_a_namespace_at_accounts_is_served_by_its_component(
+    stub: Any, romeo: RawClient, juliet: RawClient
+) -> None:
     pep = await attached(stub, instance="p", routing_key=BARE, account_namespaces=[PEP])
     await romeo.send(f"<iq type='set' id='1'><mood xmlns='{PEP}'>glad</mood></iq>")
     envelope = await pep.take()
@@ -241,17 +266,25 @@ async def test_a_namespace_at_accounts_is_served_by_its_component(stub: Any, rom
     assert (await romeo.element()).get("type") == "result"
     await juliet.send(f"<iq type='get' id='2' to='romeo@localhost'><mood xmlns='{PEP}'/></iq>")
     assert (await pep.take()).to_jid == "romeo@localhost"
-    await pep.send(f"<iq type='result' id='2' from='romeo@localhost' to='{juliet.jid}'><mood xmlns='{PEP}'>glad</mood></iq>")
+    await pep.send(
+        f"<iq type='result' id='2' from='romeo@localhost' to='{juliet.jid}'><mood xmlns='{PEP}'>glad</mood></iq>"
+    )
     assert (await juliet.element())[0].text == "glad"
     await pep.close()
 
 
 async def test_feeds_tell_of_presence_and_of_the_end_of_sessions(toys: Installation, stub: Any) -> None:
     pep = await attached(
-        stub, instance="p", routing_key=BARE, account_namespaces=[PEP], feeds=[Feed.FEED_PRESENCE, Feed.FEED_SESSION_END]
+        stub,
+        instance="p",
+        routing_key=BARE,
+        account_namespaces=[PEP],
+        feeds=[Feed.FEED_PRESENCE, Feed.FEED_SESSION_END],
     )
     async for client in a_user(toys, "mercutio"):
-        await client.send("<presence><c xmlns='http://jabber.org/protocol/caps' hash='sha-1' node='n' ver='v'/></presence>")
+        await client.send(
+            "<presence><c xmlns='http://jabber.org/protocol/caps' hash='sha-1' node='n' ver='v'/></presence>"
+        )
         copy = await pep.take()
         assert (copy.feed, copy.from_jid, copy.type) == (Feed.FEED_PRESENCE, client.jid, "")
         assert b"http://jabber.org/protocol/caps" in copy.stanza
@@ -264,9 +297,13 @@ async def test_feeds_tell_of_presence_and_of_the_end_of_sessions(toys: Installat
 
 
 async def test_the_roster_can_be_asked_for_a_contact(stub: Any, romeo: RawClient) -> None:
-    await romeo.send("<iq type='set' id='r'><query xmlns='jabber:iq:roster'><item jid='nurse@example.net'><group>Servants</group></item></query></iq>")
+    await romeo.send(
+        "<iq type='set' id='r'><query xmlns='jabber:iq:roster'><item jid='nurse@example.net'><group>Servants</group></item></query></iq>"
+    )
     assert (await romeo.element()).get("type") == "result"
-    item = await stub.GetRosterItem(pb.GetRosterItemRequest(account="romeo@localhost", contact="nurse@example.net"), timeout=10)
+    item = await stub.GetRosterItem(
+        pb.GetRosterItemRequest(account="romeo@localhost", contact="nurse@example.net"), timeout=10
+    )
     assert (item.subscription, list(item.groups)) == ("none", ["Servants"])
 
 
@@ -292,10 +329,16 @@ async def test_foreign_domains_go_to_who_serves_them_all(stub: Any, romeo: RawCl
     ("registration", "expected"),
     [
         ({"instance": "a", "domains": ["other.example"], "routing_key": BARE}, ErrorReason.ERROR_REASON_NOT_ALLOWED),
-        ({"instance": "a", "routing_key": BARE, "account_namespaces": ["urn:not:ours"]}, ErrorReason.ERROR_REASON_NOT_ALLOWED),
+        (
+            {"instance": "a", "routing_key": BARE, "account_namespaces": ["urn:not:ours"]},
+            ErrorReason.ERROR_REASON_NOT_ALLOWED,
+        ),
         ({"instance": "a", "domains": ["room.{vhost}"]}, ErrorReason.ERROR_REASON_BAD_REQUEST),
         ({"instance": "", "domains": ["room.{vhost}"], "routing_key": BARE}, ErrorReason.ERROR_REASON_BAD_REQUEST),
-        ({"instance": "x" * 65, "domains": ["room.{vhost}"], "routing_key": BARE}, ErrorReason.ERROR_REASON_BAD_REQUEST),
+        (
+            {"instance": "x" * 65, "domains": ["room.{vhost}"], "routing_key": BARE},
+            ErrorReason.ERROR_REASON_BAD_REQUEST,
+        ),
         ({"instance": "a", "routing_key": BARE}, ErrorReason.ERROR_REASON_BAD_REQUEST),
     ],
 )

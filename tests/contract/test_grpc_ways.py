@@ -11,9 +11,17 @@ import pytest
 
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.registry.v1 import registry_pb2 as pb
-from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceServicer, RegistryServiceStub, add_RegistryServiceServicer_to_server
+from tidings.api.registry.v1.registry_pb2_grpc import (
+    RegistryServiceServicer,
+    RegistryServiceStub,
+    add_RegistryServiceServicer_to_server,
+)
 from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse
-from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer, RouterServiceStub, add_RouterServiceServicer_to_server
+from tidings.api.router.v1.router_pb2_grpc import (
+    RouterServiceServicer,
+    RouterServiceStub,
+    add_RouterServiceServicer_to_server,
+)
 from tidings.cluster.node import Node
 from tidings.cluster.view import ClusterView
 from tidings.kit.channel import dial
@@ -82,7 +90,9 @@ class World:
 
 
 def a_server(port: int) -> ClusterServer:
-    view = ClusterView(1, [Node("n1", "i1", "127.0.0.1", port, tuple(SERVICES), certificate=normalised(KEYS.certificate))])
+    view = ClusterView(
+        1, [Node("n1", "i1", "127.0.0.1", port, tuple(SERVICES), certificate=normalised(KEYS.certificate))]
+    )
     identities = Identities([AUTHORITY])
     return ClusterServer(
         ["127.0.0.1"], port, KEYS, lambda: AUTHORITY.pem, lambda leaf: identities.identify(leaf, view),

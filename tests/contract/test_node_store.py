@@ -17,7 +17,15 @@ from tidings.kit.database_url import DatabaseUrl, parse
 from tidings.kit.db import Database
 from tidings.kit.migrations import migrate
 
-N1 = Node("n1.example.org", "i1", "127.0.0.11", 5777, ("connector", "router"), virtual_hosts=("example.org",), started_unix_ms=1_700_000_000_000)
+N1 = Node(
+    "n1.example.org",
+    "i1",
+    "127.0.0.11",
+    5777,
+    ("connector", "router"),
+    virtual_hosts=("example.org",),
+    started_unix_ms=1_700_000_000_000,
+)
 N2 = replace(N1, hostname="n2.example.org", incarnation="i2", address="127.0.0.12")
 
 

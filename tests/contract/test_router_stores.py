@@ -108,7 +108,10 @@ async def test_accounts_are_listed_by_pages_and_hosts(stores: Stores) -> None:
     jids = [row.jid for row in first + second]
     assert jids == sorted(jids)
     assert len(jids) == 10
-    assert [row.jid for row in await stores.accounts.page("example.net", "", 2)] == ["u0@example.net", "u1@example.net"]
+    assert [row.jid for row in await stores.accounts.page("example.net", "", 2)] == [
+        "u0@example.net",
+        "u1@example.net",
+    ]
 
 
 async def test_a_deleted_account_is_gone_with_its_keys(stores: Stores) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from typing import Any
+from typing import Any, cast
 
 from lxml import etree
 
@@ -17,7 +17,9 @@ Tree = etree._Element
 
 
 def header(to: str, extra: str = "") -> str:
-    return f"<?xml version='1.0'?><stream:stream xmlns='{ns.CLIENT}' xmlns:stream='{ns.STREAMS}' version='1.0' to='{to}'{extra}>"
+    """A client's stream header (RFC 6120 4.7)."""
+    namespaces = f"xmlns='{ns.CLIENT}' xmlns:stream='{ns.STREAMS}'"
+    return f"<?xml version='1.0'?><stream:stream {namespaces} version='1.0' to='{to}'{extra}>"
 
 
 class Closed(Exception):
@@ -88,7 +90,7 @@ class RawClient:
             if event == "start":
                 self._depth += 1
                 if self._depth == 1:
-                    self.header = dict(tree.attrib)  # type: ignore[union-attr]
+                    self.header = {str(name): str(value) for name, value in cast(Tree, tree).items()}
             else:
                 self._depth -= 1
                 if self._depth == 1:

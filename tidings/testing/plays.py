@@ -10,10 +10,11 @@
     juliet receives
         <message from='{romeo}' type='chat'><body>But soft!</body></message>
 
-Lines: `X enters [as RESOURCE]` (logs in and sends presence), `X connects [as RESOURCE]` (logs in only), `X2 enters
-like X as RESOURCE` (another session of the same account), `X exists` (an account, no session), `X sends`, `X receives` (one or more
-elements, in this order), `X receives in any order`, `X receives nothing`, `X leaves` (closes properly), `X
-vanishes` (drops the connection), `X is closed with CONDITION`, `X forgets` (drops what it has received).
+Lines: `X enters [as RESOURCE]` (logs in and sends presence), `X connects [as RESOURCE]` (logs in only),
+`X2 enters like X [as RESOURCE]` (another session of the same account), `X exists` (an account, no session),
+`X sends`, `X receives` (one or more elements, in this order), `X receives in any order`, `X receives nothing`,
+`X leaves` (closes properly), `X vanishes` (drops the connection), `X is closed with CONDITION`, `X forgets` (drops
+what it has received so far).
 
 An element matches when it has the name, the attributes and the children that are written, in any order of
 children; `*` stands for any value, and an attribute written as `-` must not be there. What is not written may be

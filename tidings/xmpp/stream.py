@@ -14,10 +14,20 @@ import secrets
 from base64 import b64decode, b64encode
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple
 
 from tidings.xmpp import ns
 from tidings.xmpp.errors import SaslError, StreamError
+from tidings.xmpp.events import (
+    Event,
+    NonzaReceived,
+    SaslAborted,
+    SaslInitiated,
+    SaslResponded,
+    StanzaReceived,
+    StartTls,
+    StreamEnded,
+    StreamOpened,
+)
 from tidings.xmpp.framing.tcp import TcpFraming
 from tidings.xmpp.jid import Jid, JidError
 from tidings.xmpp.parser import Limits, Parsed, StreamFooter, StreamHeader
@@ -132,66 +142,6 @@ class StreamConfig:
     limits: Limits = field(default_factory=Limits)
     lang: str = "en"
 
-
-class StreamOpened(NamedTuple):
-    """The header was in order: say by `features` what the stream may do."""
-
-    host: str
-    lang: str
-    tls: bool
-    authenticated: bool
-
-
-class StartTls(NamedTuple):
-    """<proceed/> is queued: send it, encrypt the transport, then call `tls_started`."""
-
-
-class SaslInitiated(NamedTuple):
-    """The client begins to authenticate. None: without an initial response, which differs from an empty one."""
-
-    mechanism: str
-    data: bytes | None
-
-
-class SaslResponded(NamedTuple):
-    """The answer to a challenge."""
-
-    data: bytes
-
-
-class SaslAborted(NamedTuple):
-    """The client gives up this exchange; answer with `refuse`."""
-
-
-class StanzaReceived(NamedTuple):
-    """A stanza. `stamped` are its bytes, with the session's address once there is a session."""
-
-    element: Element
-    stamped: bytes
-
-
-class NonzaReceived(NamedTuple):
-    """A first-level element that is no stanza, after authentication."""
-
-    element: Element
-
-
-class StreamEnded(NamedTuple):
-    """Nothing comes after it. None: the client closed properly."""
-
-    error: StreamError | None
-
-
-Event = (
-    StreamOpened
-    | StartTls
-    | SaslInitiated
-    | SaslResponded
-    | SaslAborted
-    | StanzaReceived
-    | NonzaReceived
-    | StreamEnded
-)
 
 _SASL_INPUTS = {
     f"{{{ns.SASL}}}auth": I.AUTH,

@@ -52,8 +52,8 @@ class TcpConnection(asyncio.BufferedProtocol):
     """One connection. All that is decided about it is decided by its stream."""
 
     __slots__ = (
-        "_closing", "_cut_off", "_flusher", "_make_stream", "_paused", "_queue", "_queued", "_tls", "_upgrading", "stream",
-        "transport",
+        "_closing", "_cut_off", "_flusher", "_make_stream", "_paused", "_queue", "_queued", "_tls", "_upgrading",
+        "stream", "transport",
     )  # fmt: skip
 
     def __init__(

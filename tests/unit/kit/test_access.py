@@ -14,7 +14,14 @@ from tidings.cluster.node import Node
 from tidings.cluster.view import ClusterView
 from tidings.kit.access import allowed
 from tidings.kit.identity import Caller, Identities
-from tidings.kit.pki import CertificateAuthority, PkiError, certificate_hash, machine_secret, normalised, self_made_certificate
+from tidings.kit.pki import (
+    CertificateAuthority,
+    PkiError,
+    certificate_hash,
+    machine_secret,
+    normalised,
+    self_made_certificate,
+)
 
 METHODS = [
     f"{service.full_name}/{method.name}"
@@ -141,6 +148,8 @@ def test_the_self_made_certificate_is_kept_until_the_hosts_change(tmp_path) -> N
     first, _ = self_made_certificate(tmp_path, ["example.org", "b\u00fccher.example"])
     assert self_made_certificate(tmp_path, ["example.org", "b\u00fccher.example"])[0] == first
     assert self_made_certificate(tmp_path, ["example.net"])[0] != first
-    names = x509.load_pem_x509_certificate(first.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    names = x509.load_pem_x509_certificate(first.read_bytes()).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
     assert names.value.get_values_for_type(x509.DNSName) == ["example.org", "xn--bcher-kva.example"]
     assert len(certificate_hash(first.read_bytes())) == 32

@@ -40,7 +40,12 @@ def test_the_lines_of_a_tigase_file_work_unchanged(tmp_path: Path) -> None:
     assert options.numbered("comp-class") == {2: "pubsub"}
     assert options["debug"] == ["cluster", "server"]
     url = database_url(options)
-    assert (url.hosts, url.database, url.user, url.password) == ((("db.example.com", 3306),), "tidings", "root", "secret")
+    assert (url.hosts, url.database, url.user, url.password) == (
+        (("db.example.com", 3306),),
+        "tidings",
+        "root",
+        "secret",
+    )
 
 
 def test_command_line_beats_environment_beats_files_beats_defaults(tmp_path: Path) -> None:
@@ -48,7 +53,8 @@ def test_command_line_beats_environment_beats_files_beats_defaults(tmp_path: Pat
     first.write_text("--cluster-port=1001\n--c2s-ports = 1\nadmin-port=7\n")
     second.write_text("--c2s-ports=2,3\n")
     options = load(
-        [f"--config={first}", f"--config={second}", "--cluster-port=1003"], {"TIDINGS_CLUSTER_PORT": "1002", "TIDINGS_ADMIN_PORT": "8"}
+        [f"--config={first}", f"--config={second}", "--cluster-port=1003"],
+        {"TIDINGS_CLUSTER_PORT": "1002", "TIDINGS_ADMIN_PORT": "8"},
     )
     assert (options["cluster-port"], options["c2s-ports"], options["admin-port"]) == (1003, [2, 3], 8)
     assert options["http-ports"] == [5280]
@@ -71,7 +77,9 @@ def test_options_of_tigase_without_meaning_are_refused_with_the_reason() -> None
 
 
 def test_all_problems_are_said_at_once() -> None:
-    text = problems("--cluster-mode=maybe", "--c2s-ports=99999", "--auth-timeout=soon", "--user-db=oracle", "nonsense")
+    text = problems(
+        "--cluster-mode=maybe", "--c2s-ports=99999", "--auth-timeout=soon", "--user-db=oracle", "nonsense"
+    )
     assert len(text.splitlines()) == 5
 
 
@@ -81,7 +89,10 @@ def test_a_cluster_on_sqlite_is_refused_and_told_what_to_set() -> None:
 
 def test_an_option_holds_for_one_host_where_that_makes_sense() -> None:
     options = load(["--virt-hosts=a.example,b.example", "--registration[b.example]=true"], {})
-    assert (options.for_host("a.example", "registration"), options.for_host("b.example", "registration")) == (False, True)
+    assert (options.for_host("a.example", "registration"), options.for_host("b.example", "registration")) == (
+        False,
+        True,
+    )
     assert "holds for the whole server" in problems("--cluster-mode[a.example]=true")
     assert "none of the virtual hosts" in problems("--registration[c.example]=true")
 
@@ -120,6 +131,8 @@ def test_what_is_no_database_is_refused(text: str) -> None:
         parse(text)
 
 
-@given(st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\u2028\u2029\x85"), max_size=30))
+@given(
+    st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\u2028\u2029\x85"), max_size=30)
+)
 def test_a_value_is_taken_as_it_is_written(text: str) -> None:
     assert load([f"--cluster-secondary={text}"], {})["cluster-secondary"] == text.strip()

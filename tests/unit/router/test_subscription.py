@@ -27,7 +27,10 @@ def test_asking_and_giving_up_is_always_passed_on(state: State) -> None:
 @pytest.mark.parametrize("state", STATES, ids=key)
 def test_answers_are_passed_on_where_they_change_something(state: State) -> None:
     """A.2.3, A.2.4, A.3.2, A.3.3, A.3.4."""
-    for table, types in ((OUTBOUND, ("subscribed", "unsubscribed")), (INBOUND, ("unsubscribe", "subscribed", "unsubscribed"))):
+    for table, types in (
+        (OUTBOUND, ("subscribed", "unsubscribed")),
+        (INBOUND, ("unsubscribe", "subscribed", "unsubscribed")),
+    ):
         for type_ in types:
             step = table[type_, state]
             assert step.passed == (step.state != state), (type_, key(state))
@@ -46,10 +49,20 @@ def test_each_side_changes_only_its_own_half(state: State) -> None:
     """What we send about seeing them leaves "from" and their request alone, and the other way round."""
     seen_by_them = state.subscription in ("from", "both")
     we_see = state.subscription in ("to", "both")
-    for table, type_ in ((OUTBOUND, "subscribe"), (OUTBOUND, "unsubscribe"), (INBOUND, "subscribed"), (INBOUND, "unsubscribed")):
+    for table, type_ in (
+        (OUTBOUND, "subscribe"),
+        (OUTBOUND, "unsubscribe"),
+        (INBOUND, "subscribed"),
+        (INBOUND, "unsubscribed"),
+    ):
         after = table[type_, state].state
         assert (after.subscription in ("from", "both"), after.pending_in) == (seen_by_them, state.pending_in)
-    for table, type_ in ((INBOUND, "subscribe"), (INBOUND, "unsubscribe"), (OUTBOUND, "subscribed"), (OUTBOUND, "unsubscribed")):
+    for table, type_ in (
+        (INBOUND, "subscribe"),
+        (INBOUND, "unsubscribe"),
+        (OUTBOUND, "subscribed"),
+        (OUTBOUND, "unsubscribed"),
+    ):
         after = table[type_, state].state
         assert (after.subscription in ("to", "both"), after.pending_out) == (we_see, state.pending_out)
 

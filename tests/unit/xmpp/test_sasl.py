@@ -29,7 +29,8 @@ def test_scram_first_message_is_read_with_its_escapes() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"n,,", b"n,,n=,r=x", b"n,,n=a", b"n,,n=a=,r=x", b"n,,m=1,n=a,r=x", b"x,,n=a,r=x", b"\xff", b"n,,n=a,r="]
+    "data",
+    [b"", b"n,,", b"n,,n=,r=x", b"n,,n=a", b"n,,n=a=,r=x", b"n,,m=1,n=a,r=x", b"x,,n=a,r=x", b"\xff", b"n,,n=a,r="],
 )
 def test_bad_scram_first_message_is_malformed(data: bytes) -> None:
     with pytest.raises(SaslError) as error:

@@ -10,20 +10,15 @@ from hypothesis import strategies as st
 
 from tidings.xmpp import ns
 from tidings.xmpp.errors import SaslError, StreamError
+from tidings.xmpp.events import SaslInitiated, SaslResponded, StanzaReceived, StartTls, StreamEnded, StreamOpened
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stream import (
     TRANSITIONS,
     WAITING,
     Input,
-    SaslInitiated,
-    SaslResponded,
     ServerStream,
-    StanzaReceived,
-    StartTls,
     State,
     StreamConfig,
-    StreamEnded,
-    StreamOpened,
 )
 
 HEADER = b"<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='h' from='a@h' xml:lang='it'>"
@@ -143,7 +138,7 @@ def test_the_whole_way_through_tls_sasl_and_bind() -> None:
     stream.bound(Jid.parse("a@h/r"), b"<iq/>")
     events = stream.receive_data(b"<message to='b@h'/><r xmlns='urn:xmpp:sm:3'/></stream:stream>")
     assert isinstance(events[0], StanzaReceived)
-    assert events[0].stamped == b"<message from=\"a@h/r\" xml:lang=\"it\" to='b@h'/>"
+    assert events[0].stamped == b'<message from="a@h/r" xml:lang="it" to=\'b@h\'/>'
     assert events[2] == StreamEnded(None)
 
 
@@ -213,7 +208,15 @@ def test_a_condition_that_no_rfc_knows_is_refused_where_it_is_made() -> None:
         StreamError("my-own-error")
 
 
-@given(st.lists(st.sampled_from([HEADER, STARTTLS, AUTH, BIND, b"<presence/>", b" ", b"<", b"&", b"</stream:stream>", b"\xff", b"<!--"]), max_size=8), st.binary(max_size=40))
+@given(
+    st.lists(
+        st.sampled_from(
+            [HEADER, STARTTLS, AUTH, BIND, b"<presence/>", b" ", b"<", b"&", b"</stream:stream>", b"\xff", b"<!--"]
+        ),
+        max_size=8,
+    ),
+    st.binary(max_size=40),
+)
 def test_no_input_raises_and_the_end_comes_once(pieces: list[bytes], rest: bytes) -> None:
     stream = ServerStream(StreamConfig(hosts=frozenset({"h"}), tls_required=False))
     ends = 0
