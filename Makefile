@@ -19,6 +19,7 @@ test: $(VENV)/.test test-packages  ## Install what the tests need, and run them
 	$(BIN)/python -m pytest -q --durations=5
 	$(BIN)/python -m pytest -q tests/conformance/test_plays.py tests/contract/test_component.py --way=processes
 	$(BIN)/python -m pytest -q tests/conformance/test_violations.py --way=loopback
+	$(BIN)/python -m pytest -q tests/conformance/test_clients.py --loop=asyncio
 
 test-all: test test-processes test-loopback test-mysql  ## All tests in every way of running
 

@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--database", choices=("sqlite", "mysql"), default="sqlite", help="the database of the installation"
     )
+    parser.addoption("--loop", choices=("auto", "uvloop", "asyncio"), default="auto", help="its event loop")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -43,7 +44,8 @@ def installation(
     uri = ""
     if request.config.getoption("--database") == "mysql":
         uri = request.getfixturevalue("mariadb").create_database()
-    running = Installation(way, tmp_path_factory.mktemp("installation"), database=uri)
+    loop = f"--event-loop={request.config.getoption('--loop')}"
+    running = Installation(way, tmp_path_factory.mktemp("installation"), [loop], database=uri)
     try:
         running.start()
         yield running

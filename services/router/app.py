@@ -20,6 +20,7 @@ from tidings.api.component.v1.component_pb2_grpc import add_ComponentServiceServ
 from tidings.api.router.v1 import account_pb2, router_pb2
 from tidings.api.router.v1.account_pb2_grpc import add_AccountServiceServicer_to_server
 from tidings.api.router.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
+from tidings.cluster.view import ClusterView
 from tidings.kit.logging import get_logger
 from tidings.kit.migrations import migrate
 from tidings.kit.module import Hooks
@@ -44,6 +45,9 @@ class Router:
         hosts = frozenset(options["virt-hosts"])
         self._database = context.database
         self._serving = False
+        self._member = context.member
+        self._incarnation = context.node.incarnation
+        self._warned = False
 
         accounts = SqlAccountStore(context.database)
         rosters = SqlRosterStore(context.database)
@@ -97,7 +101,15 @@ class Router:
     async def start(self) -> None:
         await migrate(self._database, "router", "services.router:migrations")
         await self._messages.start()
+        self._member.on_change(self._look_for_others)
         self._serving = True
+
+    def _look_for_others(self, view: ClusterView) -> None:
+        """Says plainly what this release does not do."""
+        others = [node.hostname for node in view.with_service("router") if node.incarnation != self._incarnation]
+        if others and not self._warned:
+            log.warning("routers_do_not_share_users_yet", others=others)
+            self._warned = True
 
     async def drain(self) -> None:
         self._serving = False

@@ -109,6 +109,8 @@ class Routing:
         try:
             if envelope.to_jid:
                 to = Jid.parse(envelope.to_jid)
+                if envelope.to_jid != str(to):
+                    envelope.to_jid = str(to)
             else:
                 to = session.jid.bare
             if kind != MESSAGE:
@@ -358,10 +360,14 @@ class Routing:
         session.link.deliver(session, envelope)
 
     def hold(self, session: Session) -> None:
+        session.holds += 1
         if session.held is None:
             session.held = deque()
 
     def release(self, session: Session) -> None:
+        session.holds -= 1
+        if session.holds:
+            return
         held, session.held = session.held, None
         for envelope in held or ():
             self.deliver(session, envelope)

@@ -27,7 +27,7 @@ class Session:
     """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
 
     __slots__ = (
-        "account", "delivered", "directed", "epoch", "held", "id", "interested", "jid", "jid_text", "lane",
+        "account", "delivered", "directed", "epoch", "held", "holds", "id", "interested", "jid", "jid_text", "lane",
         "lang", "link", "notes", "number", "presence", "priority", "stream",
     )  # fmt: skip
 
@@ -54,6 +54,7 @@ class Session:
         self.lane = Lane(spawn)
         # What is routed to it while stored messages go first.
         self.held: deque[Envelope] | None = None
+        self.holds = 0
 
 
 class Sessions:

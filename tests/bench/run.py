@@ -27,7 +27,7 @@ from tidings.testing.server import ONE_PROCESS, PROCESSES, Installation
 DRIVER = Path(__file__).with_name("xmppload")
 RUNS = int(os.environ.get("RUNS", "3"))
 SECS = os.environ.get("SECS", "5")
-OPTIONS = ["--c2s-allow-plaintext=true", "--registration=true"]
+OPTIONS = ["--c2s-allow-plaintext=true", "--registration=true", "--scram-iterations=10000"]
 IDLE = 200
 
 

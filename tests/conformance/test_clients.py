@@ -6,6 +6,7 @@ import asyncio
 import base64
 import secrets
 import ssl
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from scramp import ScramClient
 
+from tidings.api.registry.v1.registry_pb2 import ListNodesRequest
+from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+from tidings.kit.pki import self_made_certificate
 from tidings.testing.client import RawClient
 from tidings.testing.server import Installation
 from tidings.xmpp import ns
@@ -137,6 +141,49 @@ async def test_channel_binding_is_announced_under_tls(installation: Installation
     mechanisms = [one.text for one in features.iter(f"{{{ns.SASL}}}mechanism")]
     assert mechanisms[:3] == ["SCRAM-SHA-512-PLUS", "SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS"]
     await client.close()
+
+
+async def test_ipv6_works_wherever_ipv4_does(tmp_path: Path) -> None:
+    both = Installation("in-process", tmp_path, ["--bind-address=127.0.0.1,::1"])
+    both.start()
+    try:
+        await both.add_account("six@localhost")
+        for port, tls in ((both.port, False), (both.tls_port, True)):
+            client = RawClient("::1", port, "localhost")
+            await client.log_in("six", "secret", tls=tls)
+            assert await client.ping() == []
+            await client.close()
+        channel = both.dial("::1")
+        stub: Any = RegistryServiceStub(channel)
+        assert len((await stub.ListNodes(ListNodesRequest(), timeout=10)).nodes) == 1
+        await channel.close()
+    finally:
+        assert both.stop() == {"all": 0}
+
+
+async def test_each_virtual_host_shows_its_own_certificate(tmp_path: Path) -> None:
+    """RFC 6066 3 (SNI) under direct TLS; the header's host under STARTTLS."""
+    for host in ("localhost", "example.net"):
+        folder = tmp_path / host
+        folder.mkdir()
+        made, _ = self_made_certificate(folder, [host])
+        for ending in ("crt", "key"):
+            (tmp_path / f"{host}.{ending}").write_bytes(made.read_bytes())
+    own = Installation("in-process", tmp_path, [f"--certs-dir={tmp_path}"])
+    own.start()
+    try:
+        for host in ("localhost", "example.net"):
+            for port, direct in ((own.port, False), (own.tls_port, True)):
+                client = RawClient(own.address, port, host)
+                await client.connect(tls=direct)
+                await (client.open() if direct else client.encrypt())
+                shown = client._writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+                names = x509.load_der_x509_certificate(shown).extensions
+                names_ = names.get_extension_for_class(x509.SubjectAlternativeName).value
+                assert names_.get_values_for_type(x509.DNSName) == [host]
+                await client.close()
+    finally:
+        assert own.stop() == {"all": 0}
 
 
 async def an_account(installation: Installation) -> str:

@@ -94,6 +94,7 @@ def report(error: Exception) -> int:
         "MigrationError",
         "DatabaseAway",
         "Failed",
+        "ServiceProblem",
     ):
         paragraph(f"error: {error}", "red")
         return FAILED

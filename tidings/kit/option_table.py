@@ -67,6 +67,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("message-durability", T.CHOICE, "database", "When a message counts as taken. Has no effect yet.", choices=("none", "memory", "database")),
     Option("resume-timeout", T.SECONDS, "300s", "How long a session waits for its client. Has no effect yet."),
     Option("drain-timeout", T.SECONDS, "30s", "How long a stopping node may take to hand over."),
+    # --- the process ---
+    Option("event-loop", T.CHOICE, "auto", "uvloop where it is installed, or asyncio.", choices=("auto", "uvloop", "asyncio")),
     # --- logs ---
     Option("log-format", T.CHOICE, "auto", "console, json, or by where output goes.", choices=("auto", "console", "json")),
     Option("debug", T.LIST, "", "Categories to log in detail: server, cluster, connector, router, registry, pubsub, component, database, or all."),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+from asyncio import sslproto
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -251,8 +252,15 @@ async def serve(options: Options, names: Sequence[str], ready: Any = None) -> in
 
 def run(options: Options, names: Sequence[str], ready: Any = None) -> int:
     """Runs services in this process on the fastest event loop there is; the exit code."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(serve(options, names, ready))
-    return uvloop.run(serve(options, names, ready))
+    wanted = options["event-loop"]
+    if wanted != "asyncio":
+        try:
+            import uvloop
+        except ImportError:
+            if wanted == "uvloop":
+                raise OptionError(["--event-loop=uvloop: uvloop is not installed; pip install uvloop"]) from None
+        else:
+            return uvloop.run(serve(options, names, ready))
+    # asyncio gives each TLS connection a buffer of 256 KiB; a record is 16 KiB.
+    sslproto.SSLProtocol.max_size = 32 * 1024  # type: ignore[misc]
+    return asyncio.run(serve(options, names, ready))

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 GROUP = "tidings.services"
 
 
+class ServiceProblem(Exception):
+    """An installed service that can't be used; the text says why, and what to do."""
+
+
 class Service(Protocol):
     """One running service. `start`, `drain` and `stop` are called once each, in this order.
 
@@ -93,7 +97,7 @@ def installed() -> dict[str, ServiceSpec]:
     for entry in entry_points(group=GROUP):
         loaded: Any = _load(entry)
         if entry.name in found:
-            raise RuntimeError(f"two installed packages offer a service named {entry.name!r}")
+            raise ServiceProblem(f"two installed packages offer a service named {entry.name!r}")
         found[entry.name] = loaded
     return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
 
@@ -103,7 +107,7 @@ def _load(entry: Any) -> ServiceSpec:
         return cast(ServiceSpec, entry.load())
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "services":
-            raise RuntimeError(
+            raise ServiceProblem(
                 f"the service {entry.name!r} cannot be imported ({error}): another package named 'services' with "
                 "an __init__.py stands earlier on the Python path and hides Tidings' own; remove its __init__.py, "
                 "or call it something else"

@@ -149,7 +149,6 @@ class StreamParser:
         if hasattr(expat, "SetReparseDeferralEnabled"):
             # expat 2.6 and later keep events back until more bytes come; MAX_TAG_BYTES guards us instead.
             expat.SetReparseDeferralEnabled(False)
-        expat.buffer_text = True
         expat.StartElementHandler = self._make_start()
         expat.EndElementHandler = self._end
         expat.XmlDeclHandler = self._declaration

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import secrets
 import time
+from weakref import WeakValueDictionary
 
 from services.router.store import KeptMessage, MessageStore
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -36,6 +38,8 @@ class _Offline:
         self._module = module
         self._router = module.router
         self._messages = module.router.store(MessageStore)
+        # One session of an account at a time gets what waits, so that nothing is offered twice.
+        self._flushing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def undelivered(self, stanza: Stanza) -> bool:
         """3: `normal` and `chat` are kept; what only says that somebody types is not, nor what asks not to be."""
@@ -68,6 +72,12 @@ class _Offline:
 
     async def available(self, session: Session) -> None:
         """3.1: all that waits, in order, before anything newer."""
+        lock = self._flushing.get(session.account) or asyncio.Lock()
+        self._flushing[session.account] = lock
+        async with lock:
+            await self._flush(session)
+
+    async def _flush(self, session: Session) -> None:
         account = session.jid.bare
         after = 0
         while True:
