@@ -32,6 +32,9 @@ BIND = f"{{{ns.BIND}}}bind"
 MAX_SESSIONS_PER_ACCOUNT = 100
 
 
+_SPENT = StreamOpened()
+
+
 class Negotiation:
     """The router's view of one stream."""
 
@@ -42,7 +45,7 @@ class Negotiation:
         self.number = number
         self.lane = lane
         # As the last stream header said.
-        self.info = StreamOpened()
+        self.info = _SPENT
         # While SASL goes on.
         self.exchange: Exchange | None = None
         # Whom it authenticated as.
@@ -213,6 +216,8 @@ class Negotiator:
         session = Session(jid, stream.info.lang, stream.link, stream.number, self._spawn)
         self._sessions.add(session)
         stream.session = session
+        # With the message goes the whole batch that it came in.
+        stream.info = _SPENT
         payload = b"<bind xmlns='%b'><jid>%b</jid></bind>" % (
             ns.BIND.encode(), escape_text(session.jid_text).encode(),
         )  # fmt: skip

@@ -28,7 +28,7 @@ DRIVER = Path(__file__).with_name("xmppload")
 RUNS = int(os.environ.get("RUNS", "3"))
 SECS = os.environ.get("SECS", "5")
 OPTIONS = ["--c2s-allow-plaintext=true", "--registration=true", "--scram-iterations=10000"]
-IDLE = 200
+IDLE = 500
 
 
 def cpu_seconds(pid: int) -> float:
@@ -65,33 +65,46 @@ def median(installation: Installation, label: str, mode: str, *words: str) -> st
     p50 = statistics.median(run["lat_ms"]["p50"] for run in runs)
     p99 = statistics.median(run["lat_ms"]["p99"] for run in runs)
     share = runs[-1]["share"]
-    parts = ", ".join(f"{name} {cpu * part:.1f}" for name, part in share.items() if part > 0.01) if len(share) > 1 else ""
+    parts = (
+        ", ".join(f"{name} {cpu * part:.1f}" for name, part in share.items() if part > 0.01) if len(share) > 1 else ""
+    )
     return f"| {label} | {rate:,.0f} | {cpu:.1f}{f' ({parts})' if parts else ''} | {p50:.2f} | {p99:.2f} |"
 
 
-async def idle_tls(installation: Installation) -> float:
-    """KiB of resident memory for each idle, bound TLS session."""
-    await installation.add_account("idle@localhost")
+def idle_memory(way: str, tls: bool) -> float:
+    """KiB of resident memory for each idle, bound session, in an installation that has done nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        installation = Installation(way, Path(folder), OPTIONS, hosts="localhost")
+        installation.start()
+        try:
+            return asyncio.run(idle_sessions(installation, tls))
+        finally:
+            installation.stop()
 
-    async def open_one(number: int) -> RawClient:
-        client = RawClient(installation.address, installation.tls_port, "localhost")
-        await client.log_in("idle", "secret", f"r{number}", tls=True)
-        return client
 
-    warm = [await open_one(number) for number in range(20)]
-    before = installation.rss_kib()
-    # A session each; of several accounts, for one account holds at most a hundred.
-    clients = []
-    for block in range(IDLE // 50):
-        await installation.add_account(f"idle{block}@localhost")
-        for number in range(50):
-            client = RawClient(installation.address, installation.tls_port, "localhost")
-            await client.log_in(f"idle{block}", "secret", f"r{number}", tls=True)
-            clients.append(client)
+async def idle_sessions(installation: Installation, tls: bool) -> float:
+    clients: list[RawClient] = []
+
+    async def open_sessions(accounts: range) -> None:
+        for number in accounts:
+            await installation.add_account(f"idle{number}@localhost")
+            for resource in range(50):
+                port = installation.tls_port if tls else installation.port
+                client = RawClient(installation.address, port, "localhost")
+                await client.connect(tls)
+                await client.open()
+                await client.authenticate(f"idle{number}", "secret")
+                await client.bind(f"r{resource}")
+                clients.append(client)
+
+    await open_sessions(range(2))
+    before, first = installation.rss_kib(), len(clients)
+    await open_sessions(range(2, 2 + IDLE // 50))
     after = installation.rss_kib()
-    for client in warm + clients:
+    each = (after - before) / (len(clients) - first)
+    for client in clients:
         await client.abort()
-    return (after - before) / len(clients)
+    return each
 
 
 def measure(way: str, title: str) -> list[str]:
@@ -114,26 +127,29 @@ def measure(way: str, title: str) -> list[str]:
                 "",
             ]
             print("  log-ins and memory …", flush=True)
-            logins = [drive(installation, "login", "--users", "1000", "--conc", "50", "--idle", "1") for _ in range(RUNS)]
+            logins = [
+                drive(installation, "login", "--users", "1000", "--conc", "50", "--idle", "1") for _ in range(RUNS)
+            ]
             rate = statistics.median(run["logins_per_s"] for run in logins)
             cpu = statistics.median(run["login_server_cpu_us"] for run in logins)
-            first = logins[0]
-            plain = (first["rss_login_kb"] - first["rss_before_kb"]) / 1000
-            tls = asyncio.run(idle_tls(installation))
             rows += [
                 f"Log-ins (SASL PLAIN against SCRAM keys of 10,000 iterations): {rate:,.0f} a second, {cpu:,.0f} µs of "
                 "CPU each.",
-                f"Resident memory of an idle session: {plain:.0f} KiB plain, {tls:.0f} KiB under TLS.",
-                "",
             ]
-            return rows
         finally:
             installation.stop()
+    plain, tls = (idle_memory(way, under_tls) for under_tls in (False, True))
+    rows += [f"Resident memory of an idle session: {plain:.0f} KiB plain, {tls:.0f} KiB under TLS.", ""]
+    return rows
 
 
 def main() -> None:
     model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     head = [
@@ -147,7 +163,9 @@ def main() -> None:
         "Clients of the driver use no TLS. SQLite, `--message-durability` as by default (not in effect yet).",
         "",
     ]
-    rows = measure(ONE_PROCESS, "One process") + measure(PROCESSES, "Four processes (connector, router, registry, pubsub)")
+    rows = measure(ONE_PROCESS, "One process") + measure(
+        PROCESSES, "Four processes (connector, router, registry, pubsub)"
+    )
     path = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     path.write_text("\n".join(head + rows))
     print(path.read_text())

@@ -67,7 +67,9 @@ async def a_client(four: Installation, name: str) -> RawClient:
 UP = dict.fromkeys(SERVICES, "up")
 
 
-@pytest.mark.parametrize("order", [("connector", "pubsub", "router", "registry"), ("router", "connector", "registry", "pubsub")])
+@pytest.mark.parametrize(
+    "order", [("connector", "pubsub", "router", "registry"), ("router", "connector", "registry", "pubsub")]
+)
 async def test_services_start_in_any_order(four: Installation, order: tuple[str, ...]) -> None:
     start(four, *order)
     for service in order:

@@ -41,7 +41,12 @@ def grpc_stub_cls(grpc_channel: grpc.Channel) -> type[RegistryServiceStub]:
 
 def test_an_outsider_lists_the_nodes(grpc_stub: Any) -> None:
     listed = grpc_stub.ListNodes(ListNodesRequest(), timeout=10)
-    assert {service for node in listed.nodes for service in node.services} == {"connector", "pubsub", "registry", "router"}
+    assert {service for node in listed.nodes for service in node.services} == {
+        "connector",
+        "pubsub",
+        "registry",
+        "router",
+    }
 
 
 def test_an_outsider_watches_the_nodes_beginning_with_a_snapshot(grpc_stub: Any) -> None:

@@ -51,7 +51,9 @@ assert files('tidings.api.router.v1').joinpath('router_pb2.pyi').is_file()
         installation.environment = lambda: {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # type: ignore[method-assign]
         installation.start()
         words = ["nodes", "--json", "--bind-address=127.0.0.1", *installation.arguments()]
-        listed = subprocess.run([clean / "venv/bin/tidings", *words], capture_output=True, text=True, timeout=60, cwd=clean)
+        listed = subprocess.run(
+            [clean / "venv/bin/tidings", *words], capture_output=True, text=True, timeout=60, cwd=clean
+        )
         assert '"state": "up"' in listed.stdout, listed.stderr
     finally:
         sys.executable = original
@@ -72,7 +74,11 @@ def test_the_floors_are_what_the_generated_code_asks_for() -> None:
         line.split("==") for line in (ROOT / "requirements/proto.txt").read_text().splitlines() if "==" in line
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    floors = dict(re.fullmatch(r"([a-z-]+)>=([0-9.]+)", one).groups() for one in project if re.fullmatch(r"[a-z-]+>=[0-9.]+", one))  # type: ignore[union-attr]
+    floors = dict(
+        re.fullmatch(r"([a-z-]+)>=([0-9.]+)", one).groups()
+        for one in project
+        if re.fullmatch(r"[a-z-]+>=[0-9.]+", one)
+    )  # type: ignore[union-attr]
     assert floors["grpcio"] == pins["grpcio-tools"]
     assert floors["protobuf"] == pins["protobuf"]
     generated = (ROOT / "tidings/api/router/v1/router_pb2_grpc.py").read_text()

@@ -207,9 +207,10 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def _begun(connection: sa.Connection) -> None:
-        # Taking the write lock at once: a transaction that reads first could not take it later.
-        writes = connection.get_execution_options().get("tidings_write", True)
-        connection.exec_driver_sql("begin immediate" if writes else "begin")
+        # Taking the write lock at once: a transaction that reads first could not take it later. What only
+        # reads needs no transaction: each statement sees one state.
+        if connection.get_execution_options().get("tidings_write", True):
+            connection.exec_driver_sql("begin immediate")
 
     return engine
 

@@ -98,7 +98,9 @@ def test_items_keep_their_place_among_envelopes(kinds: list[bool]) -> None:
             batch.events.add(stream=number, position=len(batch.envelopes))
         else:
             batch.envelopes.add(number=number)
-    order = [getattr(one, "stream", None) or getattr(one, "number", 0) for one in in_order(batch.envelopes, batch.events)]
+    order = [
+        getattr(one, "stream", None) or getattr(one, "number", 0) for one in in_order(batch.envelopes, batch.events)
+    ]
     assert order == list(range(len(kinds)))
 
 

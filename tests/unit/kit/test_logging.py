@@ -18,7 +18,10 @@ def test_debug_switches_its_categories_alone(capsys: pytest.CaptureFixture[str])
     get_logger("cluster").debug("beat_missed", node="n1")
     get_logger("router").debug("session_bound")
     get_logger("router").info("resource_conflict")
-    assert [(line["category"], line["event"]) for line in lines(capsys)] == [("cluster", "beat_missed"), ("router", "resource_conflict")]
+    assert [(line["category"], line["event"]) for line in lines(capsys)] == [
+        ("cluster", "beat_missed"),
+        ("router", "resource_conflict"),
+    ]
 
 
 def test_all_switches_everything(capsys: pytest.CaptureFixture[str]) -> None:
