@@ -149,8 +149,8 @@ def _certificates(options: Any) -> Iterator[Finding]:
             yield Finding(
                 "certificate",
                 "warning",
-                f"{host} will show a self-made one, and clients will ask whether to trust it; set --tls-cert-file and "
-                "--tls-key-file",
+                f"{host} will show a self-made one, and clients will ask whether to trust it; set "
+                "--tls-cert-file and --tls-key-file",
             )
             continue
         yield _certificate(host, Path(certificate), Path(key))

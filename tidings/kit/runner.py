@@ -262,5 +262,5 @@ def run(options: Options, names: Sequence[str], ready: Any = None) -> int:
         else:
             return uvloop.run(serve(options, names, ready))
     # asyncio gives each TLS connection a buffer of 256 KiB; a record is 16 KiB.
-    sslproto.SSLProtocol.max_size = 32 * 1024  # type: ignore[misc]
+    sslproto.SSLProtocol.max_size = 32 * 1024
     return asyncio.run(serve(options, names, ready))

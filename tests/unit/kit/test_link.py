@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ async def test_a_busy_link_sends_at_most_one_batch_an_interval() -> None:
             await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert all(later - earlier > 0.015 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier > 0.015 for earlier, later in pairwise(times))
 
 
 @given(st.lists(st.booleans(), max_size=40))
