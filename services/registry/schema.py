@@ -34,11 +34,20 @@ cluster_nodes = sa.Table(
     sa.Column("certificate", sa.Text, nullable=False),
 )
 
-# Every change of the above, numbered: the number of the last one is the version of the view.
+# The version of the view. Whoever changes the view raises it in the same transaction and so waits for those
+# before: versions are given out in the order of commits, and who has seen one has seen all before it.
+cluster_version = sa.Table(
+    "cluster_version",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("version", sa.Integer, nullable=False),
+)
+
+# Every change of the nodes, by the version that it made.
 cluster_changes = sa.Table(
     "cluster_changes",
     metadata,
-    sa.Column("version", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("hostname", sa.String(255), nullable=False),
     sa.Column("incarnation", Text(64), nullable=False),

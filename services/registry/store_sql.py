@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.registry.schema import cluster_changes, cluster_nodes
+from services.registry.schema import cluster_changes, cluster_nodes, cluster_version
 from services.registry.store import Change, ChangeKind
 from tidings.cluster.node import Node, NodeState
 from tidings.kit.db import Database
@@ -99,7 +99,7 @@ class SqlNodeStore:
     async def nodes(self) -> tuple[int, list[Node]]:
         async with self._database.read() as connection:
             # The version first: a change between the two reads is then seen again, and never missed.
-            version = (await connection.execute(sa.select(sa.func.max(cluster_changes.c.version)))).scalar() or 0
+            version = (await connection.execute(sa.select(cluster_version.c.version))).scalar_one()
             rows = await connection.execute(sa.select(cluster_nodes).order_by(cluster_nodes.c.hostname))
             return version, [_node(row._mapping) for row in rows]
 
@@ -129,10 +129,13 @@ async def _changed(connection: AsyncConnection, kind: ChangeKind, node: Node) ->
 
 
 async def _changed_id(connection: AsyncConnection, kind: ChangeKind, hostname: str, incarnation: str) -> int:
-    inserted = await connection.execute(
-        cluster_changes.insert().values(kind=kind.value, hostname=hostname, incarnation=incarnation, happened=_now())
+    await connection.execute(cluster_version.update().values(version=cluster_version.c.version + 1))
+    version = int((await connection.execute(sa.select(cluster_version.c.version))).scalar_one())
+    await connection.execute(
+        cluster_changes.insert().values(
+            version=version, kind=kind.value, hostname=hostname, incarnation=incarnation, happened=_now()
+        )
     )
-    version = int(cast(Any, inserted.inserted_primary_key)[0])
     if version % 100 == 0:
         await connection.execute(cluster_changes.delete().where(cluster_changes.c.version < version - KEPT_CHANGES))
     return version

@@ -14,4 +14,4 @@ def rendezvous(key: str, names: Sequence[str]) -> str:
     if not names:
         raise ValueError("nobody to choose from")
     data = key.encode()
-    return max(names, key=lambda name: (blake2b(data, digest_size=8, key=name.encode()[:64]).digest(), name))
+    return max(names, key=lambda name: (blake2b(data + b"\0" + name.encode(), digest_size=8).digest(), name))

@@ -125,6 +125,9 @@ class StreamParser:
         if self._halted:
             self._halted = False
             self._renew(b"")
+        if not self._header and not self._data:
+            # Clients end <auth/> with a line break, which then stands before the header of the next stream.
+            data = data.lstrip(b" \t\r\n")
         out: list[Parsed] = []
         self._out = out
         if data:

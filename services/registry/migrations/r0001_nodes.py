@@ -36,8 +36,16 @@ def upgrade() -> None:
         if_not_exists=True,
     )
     op.create_table(
+        "cluster_version",
+        sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("version", sa.Integer, nullable=False),
+        if_not_exists=True,
+    )
+    if op.get_bind().execute(sa.text("select count(*) from cluster_version")).scalar() == 0:
+        op.execute("insert into cluster_version (id, version) values (1, 0)")
+    op.create_table(
         "cluster_changes",
-        sa.Column("version", sa.Integer, primary_key=True, autoincrement=True),
+        sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("hostname", sa.String(255), nullable=False),
         sa.Column("incarnation", Text(64), nullable=False),

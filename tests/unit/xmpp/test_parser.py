@@ -102,6 +102,20 @@ def test_a_new_stream_begins_behind_the_element_that_asked_for_it() -> None:
     assert presence == Element("presence", {}, (), b"<presence/>")
 
 
+@pytest.mark.parametrize("step", [1, 1000])
+def test_white_space_before_a_header_is_no_error(step: int) -> None:
+    """go-sendxmpp ends <auth/> with a line break; it arrives when the next stream is due."""
+    parser = StreamParser(Limits())
+    parser.halting = True
+    parser.feed(HEADER)
+    assert len(parser.feed(b"<a xmlns='u'/>\n")) == 1
+    parser.restart()
+    rest = b"\r\n " + HEADER + b"<presence/>"
+    events = fed(parser, [rest[n : n + step] for n in range(0, len(rest), step)])
+    assert parser.error is None
+    assert [type(event) for event in events] == [StreamHeader, Element]
+
+
 def test_prefixes_of_the_header_are_declared_in_stanzas_that_use_them() -> None:
     parser = StreamParser(Limits())
     header = HEADER.replace(b" to='x'", b" xmlns:e='urn:e' xmlns:unused='urn:u'")
