@@ -220,6 +220,17 @@ async def test_a_server_that_stops_ends_its_streams(world: World) -> None:
         assert await call.read() is not grpc.aio.EOF
 
 
+async def test_a_service_that_is_starting_says_so(world: World) -> None:
+    """Its tables may not be there yet: callers try again."""
+    world.server.hold(["tidings.api.registry.v1.RegistryService"])
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await world.registry.ListNodes(pb.ListNodesRequest(), timeout=5)
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason(error.value) == ErrorReason.ERROR_REASON_NOT_SERVING
+    world.server.open(["tidings.api.registry.v1.RegistryService"])
+    await world.registry.ListNodes(pb.ListNodesRequest(), timeout=5)
+
+
 # --- the port ---
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -72,6 +72,7 @@ class ClusterServer:
         self._server: grpc.aio.Server = grpc.aio.server(options=OPTIONS)
         self._local = InProcessServer()
         self._services: list[str] = []
+        self._held: set[str] = set()
         self._health = health.aio.HealthServicer()
 
     # --- building ---
@@ -84,6 +85,14 @@ class ClusterServer:
     @property
     def services(self) -> list[str]:
         return list(self._services)
+
+    def hold(self, services: Iterable[str]) -> None:
+        """Answers calls of these services with UNAVAILABLE (NOT_SERVING) until `open`: they are starting."""
+        self._held.update(services)
+
+    def open(self, services: Iterable[str]) -> None:
+        """These services have started."""
+        self._held.difference_update(services)
 
     def local_channel(self) -> InProcessChannel:
         """Where stubs of this process end."""
@@ -174,6 +183,8 @@ class ClusterServer:
         )
 
     async def _admit(self, method: str, context: Any) -> Caller:
+        if self._held and method.partition("/")[0] in self._held:
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the service is starting; try again in a moment")
         if getattr(context, "local", False):
             return self._own
         shown = context.auth_context().get("x509_pem_cert")

@@ -109,7 +109,7 @@ class Process:
             joining.append(channel)
 
         context = Context(options, node, member, channels, server, database, tasks, metrics)
-        built = [(spec.name, spec.load()(context)) for spec in self._specs]
+        built = [self._build(spec, context, server) for spec in self._specs]
         self.context = context
         self._member = member
         self._server = server
@@ -117,21 +117,31 @@ class Process:
         await server.start()
         self._undo.push_async_callback(server.stop, SERVER_GRACE)
         await self._start_admin(metrics)
-        for service_name, service in built:
-            if service_name == "registry":
-                await self._start_service(service_name, service)
+        for spec_name, service, served in built:
+            if spec_name == "registry":
+                await self._start_service(spec_name, service)
+                server.open(served)
         self._waiting_for = "waiting for a registry"
         await member.join(JOIN_PATIENCE)
         self._undo.push_async_callback(member.leave)
         member.on_change(lambda view: self._close_channels(channels, tasks, {one.incarnation for one in view}))
-        for service_name, service in built:
-            if service_name != "registry":
-                self._waiting_for = f"starting {service_name}"
-                await self._start_service(service_name, service)
+        for spec_name, service, served in built:
+            if spec_name != "registry":
+                self._waiting_for = f"starting {spec_name}"
+                await self._start_service(spec_name, service)
+                server.open(served)
         await member.set_state(NodeState.UP)
         await server.set_serving(True)
         self._waiting_for = ""
         log.info("serving", node=name, services=names, cluster_port=options["cluster-port"])
+
+    def _build(self, spec: ServiceSpec, context: Context, server: ClusterServer) -> tuple[str, Service, list[str]]:
+        """A service, and the gRPC services that it serves: they are held until it has started."""
+        before = len(server.services)
+        service = spec.load()(context)
+        served = server.services[before:]
+        server.hold(served)
+        return spec.name, service, served
 
     async def _start_service(self, name: str, service: Service) -> None:
         await service.start()

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 RECEIVE_BYTES = 64 * 1024
 _received = memoryview(bytearray(RECEIVE_BYTES))
 
-# Seconds for a TLS handshake: stops clients that connect and never shake hands from holding memory.
-HANDSHAKE_TIMEOUT = 20.0
+# Seconds for a TLS handshake: stops clients that never shake hands from holding memory. It may take as long as
+# somebody thinks about trusting a certificate: clients ask in the midst of it.
+HANDSHAKE_TIMEOUT = 60.0
 # Seconds that a closed connection may take to send what is queued for it.
 CLOSE_TIMEOUT = 5.0
 
