@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 PROTOS := $(shell find protos -name '*.proto' | sort)
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+# Twice quiet: setuptools warns at every editable installation.
+PIP    := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check proto proto-check bench clean test-processes test-loopback test-mysql test-all test-packages python

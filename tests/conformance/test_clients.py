@@ -186,6 +186,47 @@ async def test_each_virtual_host_shows_its_own_certificate(tmp_path: Path) -> No
         assert own.stop() == {"all": 0}
 
 
+async def test_clients_make_accounts_where_that_is_allowed(tmp_path: Path) -> None:
+    """XEP-0077 3.1, on a stream that nobody is authenticated on; one virtual host allows it, the other does not."""
+    open_ = Installation("in-process", tmp_path, ["--registration[example.net]=true"])
+    open_.start()
+
+    async def ask(host: str, type_: str, body: str) -> Any:
+        client = RawClient(open_.address, open_.tls_port, host)
+        await client.connect(tls=True)
+        features = await client.open()
+        offered = features.find("{http://jabber.org/features/iq-register}register") is not None
+        assert offered == (host == "example.net")
+        await client.send(
+            f"<iq type='{type_}' id='1' to='{host}'><query xmlns='jabber:iq:register'>{body}</query></iq>"
+        )
+        answer = await client.element()
+        await client.close()
+        return answer
+
+    try:
+        new = "<username>Romeo</username><password>secret</password>"
+        assert (await ask("example.net", "get", "")).find(".//{jabber:iq:register}username") is not None
+        assert (await ask("example.net", "set", new)).get("type") == "result"
+        conflict = await ask("example.net", "set", new)
+        assert conflict[0][0].tag.endswith("conflict")
+        assert (await ask("localhost", "set", new))[0][0].tag.endswith("not-allowed")
+        bad = "<username>a b</username><password>x</password>"
+        assert (await ask("example.net", "set", bad))[0][0].tag.endswith("not-acceptable")
+        client = RawClient(open_.address, open_.port, "example.net")
+        await client.log_in("romeo", "secret")
+        await client.send(
+            "<iq type='set' id='2'><query xmlns='jabber:iq:register'><username>romeo</username><password>new</password></query></iq>"
+        )
+        assert (await client.element()).get("type") == "result"
+        await client.close()
+        again = RawClient(open_.address, open_.port, "example.net")
+        await again.log_in("romeo", "new")
+        await again.close()
+    finally:
+        assert open_.stop() == {"all": 0}
+
+
 async def an_account(installation: Installation) -> str:
     name = f"scram-{secrets.token_hex(4)}"
     await installation.add_account(f"{name}@localhost")

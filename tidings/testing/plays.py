@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,13 @@ def read(path: Path) -> list[Play]:
 class Stage:
     """Runs one play against an installation."""
 
-    def __init__(self, installation: Installation, host: str = "localhost", tls: bool = False) -> None:
+    def __init__(
+        self, installation: Installation, host: str = "localhost", tls: bool = False, nodes: Sequence[int] = ()
+    ) -> None:
+        """The installation says topology and strategy; `nodes`: to which of its client addresses the first client,
+        the second and so on connect (by default one after the other)."""
         self._installation = installation
+        self._nodes = nodes
         self._host = host
         self._tls = tls
         self._clients: dict[str, RawClient] = {}
@@ -134,7 +140,10 @@ class Stage:
         self._accounts[name] = account
         resource = rest[rest.index("as") + 1] if "as" in rest else ""
         port = self._installation.tls_port if self._tls else self._installation.port
-        client = RawClient(self._installation.address, port, self._host)
+        addresses = self._installation.client_addresses
+        number = len(self._clients)
+        node = self._nodes[number % len(self._nodes)] if self._nodes else number % len(addresses)
+        client = RawClient(addresses[node], port, self._host)
         self._clients[name] = client
         await client.log_in(account, "secret", resource, self._tls)
         if verb == "enters":

@@ -48,6 +48,8 @@ class Installation:
     hosts: str = "localhost,example.net"
     # Where the database is; '' for SQLite in the data folder. Only services that need it are told.
     database: str = ""
+    # The strategy by which its routers share users; '' for the default.
+    strategy: str = ""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
 
@@ -55,6 +57,8 @@ class Installation:
         self.address = "127.0.0.1" if self.way != PROCESSES else "127.0.0.14"
         self.router_address = "127.0.0.1" if self.way != PROCESSES else "127.0.0.12"
         self.registry_address = "127.0.0.1" if self.way != PROCESSES else "127.0.0.11"
+        # Where clients can connect: one address for each node with a connector.
+        self.client_addresses = [self.address]
         self.port = free_port(self.address)
         self.tls_port = free_port(self.address)
         self.cluster_port = free_port("127.0.0.1")
@@ -88,6 +92,7 @@ class Installation:
             f"--c2s-tls-ports={self.tls_port}",
             f"--cluster-port={self.cluster_port}",
             "--scram-iterations=4096",
+            *([f"--sm-cluster-strategy-class={self.strategy}"] if self.strategy else []),
             *self.options,
         ]
 

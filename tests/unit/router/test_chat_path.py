@@ -1,0 +1,58 @@
+"""The way of a chat message through the router builds no tree (issue 3: no stanza does on the chat path)."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.router import component_links, delivery, routing, sessions
+from services.router.routing import Routing
+from services.router.sessions import Session, Sessions
+from services.router.store_memory import MemoryAccountStore
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit import module as module_kit
+from tidings.kit.module import MESSAGE, Hooks
+from tidings.xmpp import stanza
+from tidings.xmpp.jid import Jid
+
+
+class Link:
+    """Takes what is written to sessions."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[str, bytes]] = []
+
+    def deliver(self, session: Session, envelope: Envelope) -> None:
+        self.written.append((str(session.jid), envelope.stanza))
+
+
+def test_a_chat_message_passes_without_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_tree(*_: object) -> None:
+        raise AssertionError("a tree was built")
+
+    for module in (stanza, module_kit, routing, delivery, sessions, component_links):
+        if hasattr(module, "to_tree"):
+            monkeypatch.setattr(module, "to_tree", no_tree)
+    link = Link()
+    known = Sessions()
+    hosts = frozenset({"example.org"})
+
+    def spawn(*_: object) -> None:
+        raise AssertionError("something had to be waited for")
+
+    routes = Routing(
+        hosts, known, Hooks(), MemoryAccountStore(), component_links.ComponentLinks(hosts, lambda _: ()), spawn
+    )
+    romeo, juliet = (
+        Session(Jid.parse(f"{name}@example.org/r"), "en", link, number, spawn)  # type: ignore[arg-type]
+        for number, name in enumerate(("romeo", "juliet"))
+    )
+    for session in (romeo, juliet):
+        known.add(session)
+    juliet.presence = b"<presence/>"
+    raw = b"<message from='romeo@example.org/r' to='juliet@example.org' type='chat'><body>x</body></message>"
+    for to in ("juliet@example.org/r", "juliet@example.org"):
+        envelope = Envelope(
+            kind=MESSAGE, type="chat", from_jid="romeo@example.org/r", to_jid=to, children=["body"], stanza=raw
+        )
+        assert routes.from_session(romeo, envelope) is None
+    assert link.written == [("juliet@example.org/r", raw)] * 2
