@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ async def _welcome(options: Any, process: Any, all_of_them: bool) -> None:
         bold("Tidings is running.", bold=True, fg="green"),
         f"  Clients      {bound}, port {options['c2s-ports'][0]} (STARTTLS) or {options['c2s-tls-ports'][0]} (TLS),"
         f" as somebody@{host}",
-        f"  Cluster      port {options['cluster-port']}; see it with {bold('tidings nodes', bold=True)}",
-        f"  Add a user   {bold(f'{_command()} user add alice@{host}', bold=True)}",
+        f"  Cluster      port {options['cluster-port']}; see it with {bold(_command('nodes', options), bold=True)}",
+        f"  Add a user   {bold(_command(f'user add alice@{host}', options), bold=True)}",
         f"  Stop         {bold('Ctrl-C', bold=True)}",
     ]
     if created is not None:
@@ -58,10 +59,21 @@ async def _welcome(options: Any, process: Any, all_of_them: bool) -> None:
     click.echo("\n".join([*lines, ""]))
 
 
-def _command() -> str:
-    """How this program was called, so that it can be called again."""
-    program = Path(sys.argv[0])
-    return os.path.relpath(program) if program.name == "tidings" and program.is_absolute() else "tidings"
+def _command(words: str, options: Any) -> str:
+    """A command as it must be typed to reach this node."""
+    program = sys.argv[0]
+    if Path(program).name != "tidings" or shutil.which("tidings") == program:
+        program = "tidings"
+    needed = [
+        f"--{name}={value}"
+        for name, value in (
+            ("bind-address", options["bind-address"][0] if options["bind-address"] else "127.0.0.1"),
+            ("cluster-port", options["cluster-port"]),
+            ("data-dir", options["data-dir"]),
+        )
+        if options.source(name) not in ("default", "environment") and ":" not in options.source(name)
+    ]
+    return " ".join((program, words, *needed))
 
 
 async def _first_account(options: Any, process: Any) -> tuple[str, str] | None:
