@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from services.connector.limits import Addresses, ClientLimits
 from tidings.api.router.v1.router_pb2 import StreamCommand, StreamEvent, TlsInfo, Transport
+from tidings.kit.link import Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.module import KINDS, NONZA
 from tidings.xmpp.errors import SaslError, StreamError
@@ -104,6 +105,13 @@ class ClientStream:
         """Takes bytes of the client."""
         if self._ended:
             return
+        try:
+            self._received(data)
+        except Overflow:
+            log.error("router_does_not_take", jid=self.jid)
+            self._connection.abort()
+
+    def _received(self, data: bytes) -> None:
         events = self._core.receive_data(data)
         session = self.session
         link = self._link
@@ -129,6 +137,9 @@ class ClientStream:
                 session = self.session
                 link = self._link
         self._count(len(data), stanzas)
+        if link is not None and link.congested:
+            # The router does not take what we send: no more is read, until it does.
+            self._set_reading()
         self._flush()
 
     def _count(self, size: int, stanzas: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,16 @@ class ComponentLink:
     domains: tuple[str, ...] = ()
     assigned: set[str] = field(default_factory=set)
 
+    # The call that is being handled.
+    handling: asyncio.Task[None] | None = None
+
     def send(self, envelope: Envelope) -> None:
-        self.outbox.begin(len(envelope.stanza)).append(envelope)
+        try:
+            self.outbox.begin(len(envelope.stanza)).append(envelope)
+        except Overflow:
+            if self.handling is not None and not self.handling.cancelling():
+                log.error("link_cut_off", peer=f"component {self.name}", reason="it does not take what it is sent")
+                self.handling.cancel()
 
 
 class ComponentLinks:
@@ -256,6 +265,7 @@ class ComponentApi(ComponentServiceServicer):
         name = component_name(caller, context)
         outbox: Outbox[pb.AttachResponse] = Outbox(pb.AttachResponse, 0 if local else INTERVAL)
         link = ComponentLink(name, first.registration.instance, outbox, first.registration)
+        link.handling = asyncio.current_task()
         self._links.add(link)
         registered = outbox.begin_item().registered
         registered.router_incarnation = self._incarnation

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from services.router.negotiation import Negotiation, Negotiator
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamCommand, StreamEvent
-from tidings.kit.link import Lane, Outbox, in_order
+from tidings.kit.link import Lane, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
 from tidings.kit.module import KINDS
 from tidings.xmpp.errors import StreamError
@@ -36,6 +36,7 @@ class ConnectorLink:
         incarnation: str,
         trusted: bool,
         spawn: Callable[[Any, str], Any],
+        cut_off: Callable[[], None],
     ) -> None:
         self.name = name
         self.incarnation = incarnation
@@ -43,6 +44,8 @@ class ConnectorLink:
         self._outbox = outbox
         self._trusted = trusted
         self._spawn = spawn
+        # Ends the link; its streams end with it.
+        self._cut_off = cut_off
         self._streams: dict[int, Negotiation] = {}
         self._sessions: dict[str, Session] = {}
 
@@ -127,9 +130,12 @@ class ConnectorLink:
     def deliver(self, session: Session, envelope: Envelope) -> None:
         """Writes a stanza to the session's stream."""
         raw = envelope.stanza
-        self._outbox.begin(len(raw)).add(
-            target=session.id, delivery=session.delivered, kind=envelope.kind, stanza=raw
-        )
+        try:
+            self._outbox.begin(len(raw)).add(
+                target=session.id, delivery=session.delivered, kind=envelope.kind, stanza=raw
+            )
+        except Overflow:
+            self._cut_off()
 
     def command(self, stream: int) -> StreamCommand:
         """A command for a stream, behind all that was written before; the caller fills it in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -19,6 +20,19 @@ from tidings.kit.rpc_errors import TidingsError
 from tidings.kit.tasks import Tasks
 
 log = get_logger("router")
+
+
+def _cutter(peer: str) -> Callable[[], None]:
+    """Ends the call that is being handled, for a peer that does not take what it is sent."""
+    handling = asyncio.current_task()
+    assert handling is not None
+
+    def cut_off() -> None:
+        if not handling.cancelling():
+            log.error("link_cut_off", peer=peer, reason="it does not take what it is sent")
+            handling.cancel()
+
+    return cut_off
 
 
 class RouterApi(RouterServiceServicer):
@@ -53,7 +67,15 @@ class RouterApi(RouterServiceServicer):
                 ErrorReason.ERROR_REASON_NOT_ALLOWED, "`connector_incarnation` is not the caller's own"
             )
         outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0 if local else INTERVAL)
-        link = ConnectorLink(self._negotiator, outbox, caller.name, incarnation, local, self._spawn)
+        link = ConnectorLink(
+            self._negotiator,
+            outbox,
+            caller.name,
+            incarnation,
+            local,
+            self._spawn,
+            _cutter(f"connector {caller.name}"),
+        )
         welcome = outbox.begin_item().welcome
         welcome.router_incarnation = self._incarnation
         welcome.fresh = True

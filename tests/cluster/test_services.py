@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,38 @@ async def test_a_connector_that_was_killed_leaves_no_sessions(four: Installation
             await asyncio.sleep(0.05)
     await channel.close()
     await client.abort()
+
+
+async def test_a_router_that_stands_still_holds_its_clients_up_and_loses_nothing(tmp_path: Path) -> None:
+    """Back-pressure reaches the sending client's socket; memory is bounded, and all arrives in order afterwards."""
+    four = Installation(PROCESSES, tmp_path, ["--max-stanzas-per-second=0", "--max-bytes-per-second=0"])
+    four.start()
+    try:
+        await four.add_account("a@localhost")
+        client = await a_client(four, "a")
+        body = "x" * 20_000
+        four.processes["router"].send_signal(signal.SIGSTOP)
+        before = four.rss_kib()
+        sent = 0
+        try:
+            async with asyncio.timeout(3.0):
+                while sent < 20_000:
+                    await client.send(f"<message to='{client.jid}' id='{sent}'><body>{body}</body></message>")
+                    sent += 1
+        except TimeoutError:
+            pass
+        assert 0 < sent < 20_000, "at some point the socket takes no more"
+        assert four.rss_kib() - before < 160 * 1024
+        four.processes["router"].send_signal(signal.SIGCONT)
+        received = 0
+        async with asyncio.timeout(30):
+            while received < sent:
+                assert (await client.element()).get("id") == str(received)
+                received += 1
+        await client.abort()
+    finally:
+        four.processes["router"].send_signal(signal.SIGCONT)
+        four.stop()
 
 
 async def test_stopping_is_leaving(four: Installation) -> None:
