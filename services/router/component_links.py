@@ -17,7 +17,7 @@ from tidings.api.component.v1.component_pb2_grpc import ComponentServiceServicer
 from tidings.cluster.hashing import rendezvous
 from tidings.kit.db import DatabaseAway
 from tidings.kit.grpc_server import current_caller
-from tidings.kit.link import INTERVAL, Lane, Outbox, Overflow
+from tidings.kit.link import INTERVAL, LAST_WRITE, Lane, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.module import KINDS, PRESENCE, Module, ModuleSpec, Session
 from tidings.kit.rpc_errors import TidingsError
@@ -287,7 +287,8 @@ class ComponentApi(ComponentServiceServicer):
             log.error("component_does_not_read", component=name, reason=str(error))
         finally:
             self._links.remove(link)
-            await writers.stop()
+            outbox.end()
+            await writers.finish(LAST_WRITE)
 
     async def GetRosterItem(self, request: pb.GetRosterItemRequest, context: Any) -> pb.GetRosterItemResponse:
         try:
@@ -308,7 +309,8 @@ def component_name(caller: Any, context: Any) -> str:
     """The name under which a component is known: its service in a node's process, or the client's name."""
     if caller.kind == "client":
         return str(caller.name)
-    metadata = dict(context.invocation_metadata() or ())
+    # Pairs, whatever the release of gRPC makes of them.
+    metadata = {pair[0]: pair[1] for pair in tuple(context.invocation_metadata() or ())}
     wanted = str(metadata.get("tidings-service", ""))
     if wanted not in caller.services:
         raise TidingsError(

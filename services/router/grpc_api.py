@@ -14,7 +14,7 @@ from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, ForwardRequest
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer
 from tidings.kit.grpc_server import current_caller
-from tidings.kit.link import INTERVAL, Outbox, Overflow
+from tidings.kit.link import INTERVAL, LAST_WRITE, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.rpc_errors import TidingsError
 from tidings.kit.tasks import Tasks
@@ -95,7 +95,8 @@ class RouterApi(RouterServiceServicer):
             self.links.discard(link)
             log.debug("connector_detached", connector=caller.name, incarnation=incarnation)
             link.closed()
-            await writers.stop()
+            outbox.end()
+            await writers.finish(LAST_WRITE)
 
     async def Forward(  # type: ignore[override]
         self, request_iterator: AsyncIterator[ForwardRequest], context: Any

@@ -24,6 +24,9 @@ MAX_BYTES = 1 << 20
 
 # Seconds between two batches on a link that leaves the process.
 INTERVAL = 0.001
+# Seconds for the last write of a call that ends.
+LAST_WRITE = 1.0
+
 # Waits shorter than this are not worth a timer.
 SHORTEST_WAIT = 0.0002
 
@@ -60,6 +63,7 @@ class Outbox(Generic[B]):
     __slots__ = (
         "_bytes",
         "_count",
+        "_ended",
         "_interval",
         "_new",
         "_waiter",
@@ -80,6 +84,7 @@ class Outbox(Generic[B]):
         self._waiter: asyncio.Future[None] | None = None
         self._count = 0
         self._bytes = 0
+        self._ended = False
         # The batch that is being filled.
         self.batch: B = new()
         # The number of the last batch sent, and of the last one taken from the peer.
@@ -98,11 +103,8 @@ class Outbox(Generic[B]):
             self._close()
         self._count += 1
         self._bytes += size
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiter is not None:
+            self._wake()
         return self.batch.envelopes
 
     def begin_item(self) -> B:
@@ -130,14 +132,26 @@ class Outbox(Generic[B]):
         self.batch = self._new()
         self._count = self._bytes = 0
 
+    def end(self) -> None:
+        """Makes `run` return when the batch that is being written is out: gRPC can't end a call in the midst of a
+        write, and would leave its peer waiting."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
     async def run(self, write: Callable[[B], Awaitable[Any]]) -> None:
         """Sends batches by `write` until cancelled, or until the stream is over: who reads it sees why."""
         loop = asyncio.get_running_loop()
         last = 0.0
-        while True:
+        while not self._ended:
             if not self._count and not self._waiting:
                 self._waiter = loop.create_future()
                 await self._waiter
+                continue
             if self._interval:
                 wait = last + self._interval - loop.time()
                 if wait > SHORTEST_WAIT:

@@ -43,6 +43,12 @@ class Tasks:
             if self._on_death is not None:
                 self._on_death(task.get_name(), error)
 
+    async def finish(self, timeout: float) -> None:
+        """Lets the tasks end by themselves for `timeout` seconds, then cancels what is left."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=timeout)
+        await self.stop()
+
     async def stop(self) -> None:
         """Cancels all tasks and waits for their ends; what they raise meanwhile has been logged."""
         while self._tasks:

@@ -91,6 +91,34 @@ async def test_a_busy_link_sends_at_most_one_batch_an_interval() -> None:
     assert all(later - earlier > 0.015 for earlier, later in pairwise(times))
 
 
+async def test_an_outbox_that_ends_finishes_the_write_that_is_under_way() -> None:
+    """gRPC can't send a call's status in the midst of a write: the peer would wait for it for ever."""
+    outbox = Outbox(AttachRequest, 0)
+    tasks = Tasks()
+    gate, writing, written = asyncio.Event(), asyncio.Event(), []
+
+    async def write(batch: AttachRequest) -> None:
+        writing.set()
+        await gate.wait()
+        written.append(len(batch.envelopes))
+
+    outbox.begin(1).add()
+    tasks.spawn(outbox.run(write), "outbox")
+    await writing.wait()
+    outbox.begin(1).add()
+    outbox.end()
+    finishing = asyncio.get_running_loop().create_task(tasks.finish(5), name="finish")
+    gate.set()
+    await finishing
+    assert written == [1]
+    idle = Outbox(AttachRequest, 0)
+    tasks.spawn(idle.run(write), "idle outbox")
+    await asyncio.sleep(0)
+    idle.end()
+    await tasks.finish(5)
+    assert len(tasks) == 0
+
+
 @given(st.lists(st.booleans(), max_size=40))
 def test_items_keep_their_place_among_envelopes(kinds: list[bool]) -> None:
     batch = AttachRequest()
