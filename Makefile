@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proto proto-check bench clean test-processes test-loopback test-mysql test-all test-packages python
+.PHONY: help run test check proto proto-check bench clean test-processes test-loopback test-mysql test-floor test-all test-packages python
 
 help:  ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,13 @@ test-loopback: $(VENV)/.test  ## The same in one process that dials itself
 
 test-mysql: $(VENV)/.test test-packages  ## The same on MariaDB
 	$(BIN)/python -m pytest -q tests/conformance --way=processes --database=mysql
+
+test-floor: | python  ## Unit and contract tests on the oldest runtimes that we promise
+	@test -d .venv-floor || $(PYTHON) -m venv .venv-floor
+	@.venv-floor/bin/pip install -qq --disable-pip-version-check grpcio==1.66.2 grpcio-health-checking==1.66.2 \
+	  grpcio-reflection==1.66.2 protobuf==5.27.2
+	@.venv-floor/bin/pip install -qq --disable-pip-version-check --editable '.[test]'
+	.venv-floor/bin/python -m pytest -q tests/unit tests/contract
 
 check: $(VENV)/.check proto-check  ## Format, lint, types, imports, generated code
 	$(BIN)/ruff format --check --quiet .
