@@ -7,6 +7,7 @@ under TLS five times as much. Writes are joined and flushed once a tick: uvloop 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,29 @@ _received = memoryview(bytearray(RECEIVE_BYTES))
 HANDSHAKE_TIMEOUT = 60.0
 # Seconds that a closed connection may take to send what is queued for it.
 CLOSE_TIMEOUT = 5.0
+
+
+# A client whose network is gone says nothing, not even goodbye: the kernel asks after KEEPALIVE_IDLE seconds of
+# silence, so often, and gives up; what was sent and never confirmed ends the connection after USER_TIMEOUT.
+KEEPALIVE_IDLE = 120
+KEEPALIVE_INTERVAL = 20
+KEEPALIVE_PROBES = 4
+USER_TIMEOUT_MS = 120_000
+
+
+def _watch(connection: socket.socket | None) -> None:
+    """Lets the kernel notice half-open connections, which would hold their sessions for ever (RFC 6120 4.6.1)."""
+    if connection is None:
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
+    ):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Flusher:
@@ -83,6 +107,7 @@ class TcpConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         if self.stream is None:
+            _watch(transport.get_extra_info("socket"))
             self.stream = self._make_stream(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
