@@ -143,7 +143,9 @@ async def test_a_connector_that_was_killed_leaves_no_sessions(four: Installation
 
 async def test_a_router_that_stands_still_holds_its_clients_up_and_loses_nothing(tmp_path: Path) -> None:
     """Back-pressure reaches the sending client's socket; memory is bounded, and all arrives in order afterwards."""
-    four = Installation(PROCESSES, tmp_path, ["--max-stanzas-per-second=0", "--max-bytes-per-second=0"])
+    # No rate holds the client up but the router; and it reads more slowly than the router then catches up.
+    limits = ("max-stanzas-per-second", "max-bytes-per-second", "max-send-queue-bytes")
+    four = Installation(PROCESSES, tmp_path, [f"--{limit}=0" for limit in limits])
     four.start()
     try:
         await four.add_account("a@localhost")
