@@ -24,11 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--database", choices=("sqlite", "mysql"), default="sqlite", help="the database of the installation"
     )
+    parser.addoption("--nodes", type=int, default=1, help="how many nodes, each client on the next one; needs mysql")
+    parser.addoption("--strategy", default="", help="how its routers share users")
     parser.addoption("--loop", choices=("auto", "uvloop", "asyncio"), default="auto", help="its event loop")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"tidings: way={config.getoption('--way')}, database={config.getoption('--database')}"
+    shown = ("way", "database", "nodes", "strategy")
+    return "tidings: " + ", ".join(f"{name}={config.getoption('--' + name) or 'default'}" for name in shown)
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +45,17 @@ def installation(
 ) -> Iterator[Installation]:
     """One installation for all tests that do not break it."""
     uri = ""
-    if request.config.getoption("--database") == "mysql":
+    if request.config.getoption("--database") == "mysql" or request.config.getoption("--nodes") > 1:
         uri = request.getfixturevalue("mariadb").create_database()
     loop = f"--event-loop={request.config.getoption('--loop')}"
-    running = Installation(way, tmp_path_factory.mktemp("installation"), [loop], database=uri)
+    running = Installation(
+        way,
+        tmp_path_factory.mktemp("installation"),
+        [loop],
+        database=uri,
+        nodes=request.config.getoption("--nodes"),
+        strategy=request.config.getoption("--strategy"),
+    )
     try:
         running.start()
         yield running

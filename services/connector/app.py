@@ -48,7 +48,12 @@ class Connector:
         self._limits = ClientLimits.of(options)
         self._addresses = Addresses(options["max-streams-per-address"])
         self._flusher = Flusher()
-        self.streams = Streams(lambda stream: self._links.choose(stream), self._addresses, self._tasks.spawn)
+        self.streams = Streams(
+            lambda stream: self._links.choose(stream),
+            lambda router: self._links.to(router),
+            self._addresses,
+            self._tasks.spawn,
+        )
         self._links = RouterLinks(self.streams, context.member, context.channels, context.node, self._tasks)
         self._servers: list[asyncio.Server] = []
         parser_limits = Limits(

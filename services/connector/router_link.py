@@ -27,6 +27,8 @@ log = get_logger("connector")
 # Seconds for a router to answer the first request, and between two tries to reach one.
 WELCOME_TIMEOUT = 5.0
 RETRY = 0.5
+# Seconds to wait for a link to a router that a stream is sent on to.
+LINK_TIMEOUT = 5.0
 
 
 class RouterLink:
@@ -84,6 +86,8 @@ class RouterLinks:
         self._links: dict[str, RouterLink] = {}
         self._running: set[str] = set()
         self._attached = asyncio.Event()
+        # Set when a link comes, and then replaced.
+        self._come = asyncio.Event()
 
     def start(self) -> None:
         self._member.on_change(lambda _view: self._look())
@@ -107,6 +111,16 @@ class RouterLinks:
         if not self._links:
             return None
         return self._links[rendezvous(f"{self._own.incarnation}/{stream.number}", sorted(self._links))]
+
+    async def to(self, router: str) -> RouterLink | None:
+        """The link to a router; None when there is none before long."""
+        try:
+            async with asyncio.timeout(LINK_TIMEOUT):
+                while (link := self._links.get(router)) is None:
+                    await self._come.wait()
+        except TimeoutError:
+            return None
+        return link
 
     async def _keep(self, node: Node) -> None:
         """Attaches to a router, again and again, as long as it is in the view."""
@@ -139,6 +153,8 @@ class RouterLinks:
                 return
             self._links[node.incarnation] = link
             self._attached.set()
+            self._come.set()
+            self._come = asyncio.Event()
             log.debug("router_attached", router=node.hostname)
             while response is not grpc.aio.EOF:
                 link.outbox.received = response.sequence

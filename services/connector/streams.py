@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from services.connector.limits import Addresses, ClientLimits
-from tidings.api.router.v1.router_pb2 import StreamCommand, StreamEvent, TlsInfo, Transport
+from tidings.api.router.v1.router_pb2 import Moved, StreamCommand, StreamEvent, TlsInfo, Transport
 from tidings.kit.link import Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.module import KINDS, NONZA
@@ -60,9 +60,9 @@ class ClientStream:
     """One client stream: gives the client's bytes to the protocol core, and what comes of them to the router."""
 
     __slots__ = (
-        "_auth_timer", "_connection", "_core", "_counted", "_ended", "_held_by_rate", "_held_by_router",
-        "_limits", "_link", "_loop", "_streams", "_tls_info", "_window_bytes", "_window_ends", "_window_stanzas",
-        "account", "jid", "number", "session", "transport_kind",
+        "_auth_timer", "_connection", "_core", "_counted", "_ended", "_header", "_held_by_rate", "_held_by_router",
+        "_limits", "_link", "_loop", "_moving", "_streams", "_tls_info", "_window_bytes", "_window_ends",
+        "_window_stanzas", "account", "jid", "number", "session", "transport_kind",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +92,10 @@ class ClientStream:
         self._counted = False
         self._held_by_rate = False
         self._held_by_router = False
+        # What the client sends while its session moves to another router; None while it does not.
+        self._moving: list[bytes] | None = None
+        # Of the last stream header: host, language, whether encrypted.
+        self._header = ("", "", False)
         self._window_ends = 0.0
         self._window_stanzas = 0
         self._window_bytes = 0
@@ -104,6 +108,9 @@ class ClientStream:
     def received(self, data: bytes) -> None:
         """Takes bytes of the client."""
         if self._ended:
+            return
+        if self._moving is not None:
+            self._moving.append(data)
             return
         try:
             self._received(data)
@@ -174,7 +181,8 @@ class ClientStream:
     def _set_reading(self) -> None:
         if not self._ended:
             congested = self._link is not None and self._link.congested
-            self._connection.set_reading(not (self._held_by_rate or self._held_by_router or congested))
+            held = self._held_by_rate or self._held_by_router or self._moving is not None
+            self._connection.set_reading(not (held or congested))
 
     def tls_started(self) -> None:
         self._core.tls_started()
@@ -229,15 +237,20 @@ class ClientStream:
                 # No router to be had: the client should try again, perhaps at another connector.
                 self.close("internal-server-error", "no router is in reach; try again in a moment")
                 return
-        to_router = self._link.event(self.number)
-        opened = to_router.opened
-        opened.host = event.host
-        opened.lang = event.lang
+        self._header = (event.host, event.lang, event.tls)
+        self._tell_opened(b"")
+
+    def _tell_opened(self, ticket: bytes) -> None:
+        """Tells the router of the last stream header."""
+        assert self._link is not None
+        opened = self._link.event(self.number).opened
+        opened.ticket = ticket
+        opened.host, opened.lang, encrypted = self._header
         opened.transport = self.transport_kind
         host, port = self._connection.peer
         opened.remote_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         opened.stream_id = self._core.id
-        tls = self._tls_info() if event.tls else None
+        tls = self._tls_info() if encrypted else None
         if tls is not None:
             opened.tls.CopyFrom(tls)
 
@@ -272,6 +285,15 @@ class ClientStream:
         elif which == "set_reading":
             self._held_by_router = not command.set_reading.reading
             self._set_reading()
+        elif which == "prepare_move":
+            self._moving = []
+            self._set_reading()
+            if (to_router := self._to_router()) is not None:
+                to_router.move_ready.SetInParent()
+            return
+        elif which == "moved":
+            self._streams.spawn(self._move(command.moved), f"stream {self.number} goes to another router")
+            return
         elif which == "close":
             close = command.close
             self.close(close.condition, close.text, close.condition_text)
@@ -281,6 +303,29 @@ class ClientStream:
             for event in self._core.resume():
                 self._event(event)
         self._flush()
+
+    async def _move(self, moved: Moved) -> None:
+        """Goes on at another router, or at the same one when the move did not come about."""
+        if moved.ticket:
+            # What it sent to the old one has been taken there; nothing more goes that way.
+            if self._moving is None:
+                self._moving = []
+            self._link = None
+            link = await self._streams.link_to(moved.router_incarnation)
+            if self._ended:
+                return
+            if link is None:
+                self.close("system-shutdown", "the router that serves this stream is out of reach")
+                return
+            self._link = link
+            if self.session:
+                link.event(self.number).attach.ticket = moved.ticket
+            else:
+                self._tell_opened(moved.ticket)
+        waiting, self._moving = self._moving or [], None
+        self._set_reading()
+        for data in waiting:
+            self.received(data)
 
     def deliver(self, raw: bytes) -> None:
         """Writes a stanza to the client."""
@@ -379,10 +424,13 @@ class Streams:
     def __init__(
         self,
         choose: Callable[[ClientStream], RouterLink | None],
+        link_to: Callable[[str], Awaitable[RouterLink | None]],
         addresses: Addresses,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self.choose = choose
+        # The link to a router, by its incarnation; waits a while for one that is only just coming.
+        self.link_to = link_to
         self.addresses = addresses
         self.spawn = spawn
         self._next = 0

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 
 from services.router import module_loader
 from services.router.account_api import AccountApi
 from services.router.authentication import Authentication
+from services.router.binding import Binding
 from services.router.component_links import ComponentApi, ComponentLinks
+from services.router.forward_links import ForwardLinks
 from services.router.grpc_api import RouterApi
+from services.router.hand_over import HandOver
 from services.router.negotiation import Negotiator
+from services.router.orphans import Orphans
 from services.router.rosters import Rosters
 from services.router.routing import Routing
 from services.router.sessions import Sessions
 from services.router.store import AccountStore, MessageStore, RosterStore
 from services.router.store_sql import SqlAccountStore, SqlMessageStore, SqlRosterStore
+from services.router.store_sql_sessions import SqlSessionTable
+from services.router.tickets import Tickets
 from tidings.api.component.v1 import component_pb2
 from tidings.api.component.v1.component_pb2_grpc import add_ComponentServiceServicer_to_server
 from tidings.api.router.v1 import account_pb2, router_pb2
 from tidings.api.router.v1.account_pb2_grpc import add_AccountServiceServicer_to_server
 from tidings.api.router.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
+from tidings.cluster.forwarding import Forwarder
 from tidings.cluster.view import ClusterView
 from tidings.kit.logging import get_logger
+from tidings.kit.metrics import Metrics
 from tidings.kit.migrations import migrate
 from tidings.kit.module import Hooks
 from tidings.kit.options import Options
 from tidings.kit.service import Context
+from tidings.kit.strategies import strategy_factory
 
 log = get_logger("router")
+
+# Seconds that stanzas which came by a newer view wait for it, at most twice as long.
+EARLY_TIMEOUT = 5.0
 
 # What our own components may register; others need --component-allow.
 BUILT_IN_COMPONENTS = {"pubsub": ("pubsub.{vhost}",)}
@@ -43,80 +56,136 @@ class Router:
     def __init__(self, context: Context) -> None:
         options, tasks = context.options, context.tasks
         hosts = frozenset(options["virt-hosts"])
+        own = context.node.incarnation
+        self._tasks = tasks
         self._database = context.database
         self._serving = False
         self._member = context.member
-        self._incarnation = context.node.incarnation
-        self._warned = False
-
-        accounts = SqlAccountStore(context.database)
+        self._own = own
+        self._accounts = SqlAccountStore(context.database)
         rosters = SqlRosterStore(context.database)
         self._messages = SqlMessageStore(context.database)
-        sessions = Sessions()
+        table = SqlSessionTable(context.database)
+
+        self._sessions = sessions = Sessions()
         hooks = Hooks()
         components = ComponentLinks(hosts, lambda name: allowed_to(options, name))
-        self.routing = Routing(hosts, sessions, hooks, accounts, components, tasks.spawn)
+        self._links = ForwardLinks(context.node, context.channels, tasks)
+        self.routing = routing = Routing(
+            hosts, sessions, hooks, self._accounts, components, table, self._links, tasks.spawn
+        )
+        strategy = strategy_factory(options["sm-cluster-strategy-class"])(own, StrategyContext(routing, sessions))
+        self._forwarder = Forwarder(strategy, routing)
+        routing.start(strategy, self._forwarder)
+        self._links.start(self._forwarder)
+
+        self._tickets = Tickets()
+        self._orphans = Orphans(own, table, routing, hooks, tasks.spawn, context.member)
+        self._binding = Binding(own, sessions, table, self._orphans, context.member, context.channels, tasks.spawn)
+        self._hand_over = HandOver(own, sessions, table, routing, self._tickets, hooks, context.channels, tasks.spawn)
         iterations = _per_host_iterations(options)
-        authentication = Authentication(accounts, iterations, lambda: bool(options["c2s-allow-plaintext"]))
-        negotiator = Negotiator(self.routing, sessions, hooks, authentication, accounts, tasks.spawn)
+        authentication = Authentication(self._accounts, iterations, lambda: bool(options["c2s-allow-plaintext"]))
+        negotiator = Negotiator(
+            routing, sessions, hooks, authentication, self._accounts, self._binding, self._hand_over,
+            self._tickets, tasks.spawn,
+        )  # fmt: skip
+        self._hand_over.abandon = negotiator.end
 
         stores = {
-            AccountStore: accounts,
+            AccountStore: self._accounts,
             RosterStore: rosters,
             MessageStore: self._messages,
             Rosters: Rosters(rosters),
         }
-        router = module_loader.RouterForModules(self.routing, accounts, components, stores, negotiator, tasks.spawn)
+        router = module_loader.RouterForModules(
+            routing, sessions, self._accounts, components, stores, negotiator, tasks.spawn
+        )
         module_loader.load([*module_loader.installed(), components.module], hooks, router, options, context.metrics)
+        hooks.presence_changed.append(self._binding.presence_changed)
 
-        self._api = RouterApi(context.node.incarnation, negotiator, tasks.spawn, lambda: self._serving)
         context.server.add(
             add_RouterServiceServicer_to_server,
-            self._api,
+            RouterApi(own, negotiator, sessions, self._links, self._hand_over, tasks.spawn, lambda: self._serving),
             router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name,
         )
         context.server.add(
             add_AccountServiceServicer_to_server,
-            AccountApi(hosts, accounts, sessions, negotiator, iterations),
+            AccountApi(hosts, self._accounts, sessions, negotiator, iterations),
             account_pb2.DESCRIPTOR.services_by_name["AccountService"].full_name,
         )
         context.server.add(
             add_ComponentServiceServicer_to_server,
-            ComponentApi(
-                components,
-                self.routing,
-                rosters,
-                context.node.incarnation,
-                tasks.spawn,
-                lambda: self._serving,
-            ),
+            ComponentApi(components, routing, rosters, own, tasks.spawn, lambda: self._serving),
             component_pb2.DESCRIPTOR.services_by_name["ComponentService"].full_name,
         )
-        metrics = context.metrics
-        metrics.gauged("sessions", "Bound sessions", lambda: len(sessions))
-        metrics.counted("stanzas_received", "Stanzas taken from sessions", lambda: self.routing.received)
-        metrics.counted("stanzas_delivered", "Stanzas written to sessions", lambda: self.routing.delivered)
-        metrics.counted("stanzas_bounced", "Stanzas answered with an error", lambda: self.routing.bounced)
+        self._add_metrics(context.metrics)
+
+    def _add_metrics(self, metrics: Metrics) -> None:
+        routing, links = self.routing, self._links
+        metrics.gauged("sessions", "Bound sessions", lambda: len(self._sessions))
+        metrics.counted("stanzas_received", "Stanzas taken from sessions", lambda: routing.received)
+        metrics.counted("stanzas_delivered", "Stanzas written to sessions", lambda: routing.deliveries.delivered)
+        metrics.counted("stanzas_bounced", "Stanzas answered with an error", lambda: routing.bounced)
+        metrics.counted("forward_batches", "Batches sent to other routers", lambda: links.totals()[0])
+        metrics.counted("forward_items", "Stanzas and notes sent to other routers", lambda: links.totals()[1])
+        metrics.counted("forward_bytes", "Bytes of them", lambda: links.totals()[2])
+        metrics.counted("forward_refusals", "Of them, refused", lambda: self._forwarder.refusals)
+        metrics.gauged(
+            "forward_flows", "Flows to other routers with something under way", lambda: len(self._forwarder)
+        )
+        metrics.counted("sessions_given", "Sessions handed to other routers", lambda: self._hand_over.given)
+        metrics.counted("sessions_adopted", "Sessions taken from other routers", lambda: self._hand_over.adopted)
+        metrics.counted("sessions_orphaned", "Sessions ended for routers that failed", lambda: self._orphans.ended)
 
     async def start(self) -> None:
         await migrate(self._database, "router", "services.router:migrations")
+        self._tickets.start(await self._accounts.shared_key("ticket-key"))
         await self._messages.start()
-        self._member.on_change(self._look_for_others)
+        self._tasks.spawn(self.routing.deliveries.deadlines.run(), "router: IQ deadlines")
+        self._tasks.spawn(self._binding.run(), "router: availability of sessions")
+        self._tasks.spawn(self._orphans.run(), "router: sessions without router")
+        self._tasks.spawn(self._give_up_waiting(), "router: stanzas that came by a newer view")
+        self._member.on_change(self._view_changed)
+        self._view_changed(self._member.view)
         self._serving = True
 
-    def _look_for_others(self, view: ClusterView) -> None:
-        """Says plainly what this release does not do."""
-        others = [node.hostname for node in view.with_service("router") if node.incarnation != self._incarnation]
-        if others and not self._warned:
-            log.warning("routers_do_not_share_users_yet", others=others)
-            self._warned = True
+    def _view_changed(self, view: ClusterView) -> None:
+        """The order matters: links first, for the strategy may use them; what they give back goes by the new view;
+        then sessions move."""
+        self._links.view_changed(view)
+        self.routing.view_changed(view, self._own)
+        self._forwarder.view_changed(view)
+        self._links.view_applied(view)
+        self._hand_over.view_changed(view)
+        self._orphans.view_changed(view)
+
+    async def _give_up_waiting(self) -> None:
+        while True:
+            await asyncio.sleep(EARLY_TIMEOUT)
+            self._forwarder.give_up_waiting()
 
     async def drain(self) -> None:
+        """Takes no new stream, and hands its sessions to other routers."""
+        await self._hand_over.drain()
         self._serving = False
 
     async def stop(self) -> None:
         self._serving = False
         await self._messages.stop()
+
+
+class StrategyContext:
+    """Satisfies `tidings.cluster.strategy.Context`."""
+
+    def __init__(self, routing: Routing, sessions: Sessions) -> None:
+        self._routing = routing
+        self._sessions = sessions
+
+    def tell(self, node: str, note: bytes) -> None:
+        self._routing.forwarder.tell(node, note)
+
+    def sessions(self) -> list[str]:
+        return [session.jid_text for session in self._sessions]
 
 
 def allowed_to(options: Options, name: str) -> Iterable[str]:

@@ -113,7 +113,7 @@ class Authentication:
         if keys is not None:
             return keys, True
         if self._fake_salt_key is None:
-            self._fake_salt_key = await self._accounts.fake_salt_key()
+            self._fake_salt_key = await self._accounts.shared_key("fake-salt-key")
         salt = sasl.fake_salt(self._fake_salt_key, host, local, hash_name)[:SALT_BYTES]
         size = {"SHA-1": 20, "SHA-256": 32, "SHA-512": 64}[hash_name]
         return (

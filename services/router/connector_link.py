@@ -90,6 +90,9 @@ class ConnectorLink:
         which = event.WhichOneof("event")
         if which == "opened" and number not in self._streams:
             self._streams[number] = Negotiation(self, number, Lane(self._spawn))
+        elif which == "attach" and number not in self._streams:
+            self._attach(number, event.attach.ticket)
+            return
         stream = self._streams.get(number)
         if stream is None:
             return  # closed by us meanwhile
@@ -107,6 +110,9 @@ class ConnectorLink:
                 return
             event.stanza.received_unix_ms = now
             stream.lane.run(self._negotiator.stanza, stream, event.stanza)
+        elif which == "move_ready":
+            if stream.session is not None:
+                self._negotiator.hand_over.ready(stream.session)
         elif which == "closed":
             self._streams.pop(number, None)
             log.debug("stream_closed", stream=number, clean=event.closed.clean, reason=event.closed.reason)
@@ -149,19 +155,47 @@ class ConnectorLink:
 
     def bound(self, session: Session, reply: bytes) -> None:
         """The stream has a session now; `reply` is the result of its bind request."""
-        self._sessions[session.id] = session
+        self._serve(session)
         bound = self.command(session.stream).session_bound
         bound.session = session.id
         bound.epoch = session.epoch
         bound.jid = session.jid_text
         bound.reply = reply
+
+    def _serve(self, session: Session) -> None:
+        self._sessions[session.id] = session
         number = session.stream
         session.lane.on_long = lambda: self._set_reading(number, False)
         session.lane.on_short = lambda: self._set_reading(number, True)
 
+    def _attach(self, number: int, ticket: bytes) -> None:
+        """A session that this router has adopted goes on here."""
+        session = self._negotiator.hand_over.attach(self, number, ticket)
+        if session is None:
+            log.info("attach_refused", connector=self.name, stream=number)
+            self.close(number, "system-shutdown", "the session is no longer there; please connect again")
+            return
+        stream = self._streams[number] = Negotiation(self, number, Lane(self._spawn))
+        stream.session = session
+        self._serve(session)
+        self._negotiator.hand_over.attached(session)
+
     def unbound(self, session: Session) -> None:
         """The session has ended: nothing more comes from it."""
         self._sessions.pop(session.id, None)
+
+    def release(self, session: Session) -> None:
+        """The session is another router's now, and so is its stream."""
+        self._sessions.pop(session.id, None)
+        self._streams.pop(session.stream, None)
+
+    def moved(self, number: int, router: str, view_version: int, ticket: bytes) -> None:
+        """A stream without a session goes to another router."""
+        self._streams.pop(number, None)
+        moved = self.command(number).moved
+        moved.router_incarnation = router
+        moved.view_version = view_version
+        moved.ticket = ticket
 
     def _set_reading(self, stream: int, reading: bool) -> None:
         self.command(stream).set_reading.reading = reading

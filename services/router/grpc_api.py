@@ -1,4 +1,4 @@
-"""RouterService: takes the links of connectors."""
+"""RouterService: takes the links of connectors and of other routers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,25 @@ from typing import Any
 import grpc
 
 from services.router.connector_link import ConnectorLink
+from services.router.forward_links import ForwardLinks
+from services.router.hand_over import HandOver
 from services.router.negotiation import Negotiator
+from services.router.sessions import Sessions
 from tidings.api.common.v1.error_pb2 import ErrorReason
-from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, ForwardRequest
+from tidings.api.router.v1.router_pb2 import (
+    AdoptSessionRequest,
+    AdoptSessionResponse,
+    AttachRequest,
+    AttachResponse,
+    EndSessionRequest,
+    EndSessionResponse,
+    ForwardRequest,
+    ForwardResponse,
+    ForwardWelcome,
+)
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer
 from tidings.kit.grpc_server import current_caller
-from tidings.kit.link import INTERVAL, LAST_WRITE, Outbox, Overflow
+from tidings.kit.link import INTERVAL, LAST_WRITE, Gap, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.rpc_errors import TidingsError
 from tidings.kit.tasks import Tasks
@@ -42,11 +55,17 @@ class RouterApi(RouterServiceServicer):
         self,
         incarnation: str,
         negotiator: Negotiator,
+        sessions: Sessions,
+        forward_links: ForwardLinks,
+        hand_over: HandOver,
         spawn: Callable[[Any, str], Any],
         ready: Callable[[], bool],
     ) -> None:
         self._incarnation = incarnation
         self._negotiator = negotiator
+        self._sessions = sessions
+        self._forward_links = forward_links
+        self._hand_over = hand_over
         self._spawn = spawn
         self._ready = ready
         self.links: set[ConnectorLink] = set()
@@ -101,5 +120,39 @@ class RouterApi(RouterServiceServicer):
     async def Forward(  # type: ignore[override]
         self, request_iterator: AsyncIterator[ForwardRequest], context: Any
     ) -> None:
-        """As the contract says of a router that is alone: routers do not share their users yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this router is the only one of its cluster")
+        caller = current_caller(context)
+        first = await context.read()
+        if first is grpc.aio.EOF or not first.HasField("hello"):
+            raise TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, "the first request must carry `hello`")
+        if first.hello.router_incarnation != caller.incarnation:
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_ALLOWED, "`router_incarnation` is not the caller's own")
+        link = self._forward_links.incoming(caller.incarnation)
+        before, link.handling = link.handling, asyncio.current_task()
+        if before is not None:
+            # The caller has opened another call, so the one before is dead, whether we have noticed or not.
+            before.cancel()
+        await context.write(ForwardResponse(welcome=ForwardWelcome(resume_after=link.outbox.received)))
+        link.outbox.resume(first.hello.resume_after)
+        writers = Tasks()
+        writers.spawn(link.outbox.run(context.write), f"answers to {caller.name}")
+        try:
+            while (request := await context.read()) is not grpc.aio.EOF:
+                link.receive(request)
+        except (Gap, Overflow) as error:
+            log.warning("forward_call_ended", router=caller.name, reason=str(error))
+        finally:
+            if link.handling is asyncio.current_task():
+                link.handling = None
+            await writers.stop()
+
+    async def AdoptSession(self, request: AdoptSessionRequest, context: Any) -> AdoptSessionResponse:
+        if not self._ready():
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the router is starting or stopping")
+        epoch, ticket = await self._hand_over.adopt(request, current_caller(context).incarnation)
+        return AdoptSessionResponse(epoch=epoch, ticket=ticket)
+
+    async def EndSession(self, request: EndSessionRequest, context: Any) -> EndSessionResponse:
+        session = self._sessions.get(request.session)
+        if session is not None:
+            await self._negotiator.displace(session)
+        return EndSessionResponse()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from services.router.component_links import ComponentLinks
 from services.router.negotiation import Negotiator
 from services.router.routing import Routing
-from services.router.sessions import Session
+from services.router.sessions import Session, Sessions
 from services.router.store import AccountStore
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.logging import get_logger
@@ -61,6 +61,7 @@ class RouterForModules:
     def __init__(
         self,
         routing: Routing,
+        sessions: Sessions,
         accounts: AccountStore,
         components: ComponentLinks,
         stores: Mapping[type[Any], Any],
@@ -68,6 +69,7 @@ class RouterForModules:
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self._routing = routing
+        self._sessions = sessions
         self._accounts = accounts
         self._components = components
         self._stores = stores
@@ -75,19 +77,28 @@ class RouterForModules:
         self._spawn = spawn
 
     def sessions(self, account: str) -> Mapping[str, Session]:
-        return self._routing.sessions(account)
+        return self._sessions.of(account)
+
+    async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
+        return await self._routing.notes.ask(module, account, content)
+
+    def tell(self, module: str, account: str, content: bytes) -> None:
+        self._routing.notes.tell(module, account, content)
+
+    async def known(self) -> None:
+        await self._routing.notes.known()
 
     def route(self, envelope: Envelope) -> None:
-        self._routing.send(envelope)
+        self._routing.send_for_module(envelope)
 
     def deliver(self, session: Session, envelope: Envelope) -> None:
-        self._routing.deliver(session, envelope)
+        self._routing.deliveries.deliver(session, envelope)
 
     def hold(self, session: Session) -> None:
-        self._routing.hold(session)
+        self._routing.deliveries.hold(session)
 
     def release(self, session: Session) -> None:
-        self._routing.release(session)
+        self._routing.deliveries.release(session)
 
     async def account_exists(self, jid: Jid) -> bool:
         return await self._accounts.exists(jid.domain, jid.local)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from services.router.authentication import Authentication, Exchange, Success
+from services.router.hand_over import MAX_MOVES
 from services.router.sessions import Session, Sessions, new_id
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import SaslInitiate, StreamOpened
@@ -20,9 +21,12 @@ from tidings.xmpp.jid import Jid, JidError
 from tidings.xmpp.stanza import error_stanza, escape_text, iq_result
 
 if TYPE_CHECKING:
+    from services.router.binding import Binding
     from services.router.connector_link import ConnectorLink
+    from services.router.hand_over import HandOver
     from services.router.routing import Routing
     from services.router.store import AccountStore
+    from services.router.tickets import Tickets
 
 log = get_logger("router")
 
@@ -38,7 +42,7 @@ _SPENT = StreamOpened()
 class Negotiation:
     """The router's view of one stream."""
 
-    __slots__ = ("account", "exchange", "info", "lane", "link", "number", "session")
+    __slots__ = ("account", "exchange", "info", "lane", "link", "moves", "number", "session")
 
     def __init__(self, link: ConnectorLink, number: int, lane: Lane) -> None:
         self.link = link
@@ -50,6 +54,8 @@ class Negotiation:
         self.exchange: Exchange | None = None
         # Whom it authenticated as.
         self.account: Jid | None = None
+        # How often another router has sent it on.
+        self.moves = 0
         self.session: Session | None = None
 
 
@@ -66,9 +72,15 @@ class Negotiator:
         hooks: Hooks,
         authentication: Authentication,
         accounts: AccountStore,
+        binding: Binding,
+        hand_over: HandOver,
+        tickets: Tickets,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self.routing = routing
+        self._binding = binding
+        self.hand_over = hand_over
+        self._tickets = tickets
         self._sessions = sessions
         self._hooks = hooks
         self._authentication = authentication
@@ -80,6 +92,16 @@ class Negotiator:
     def opened(self, stream: Negotiation, opened: StreamOpened) -> None:
         """RFC 6120 4.3.2: what the stream may do next."""
         stream.info = opened
+        if opened.ticket:
+            ticket = self._tickets.open(opened.ticket, stream.link.incarnation)
+            if ticket is None:
+                log.error("ticket_refused", connector=stream.link.name, stream=stream.number)
+                stream.link.close(stream.number, "not-authorized")
+                return
+            stream.account = Jid.parse(ticket.account)
+            stream.moves = ticket.moves
+        if stream.account is not None and self._sent_on(stream):
+            return
         parts: list[bytes] = []
         authenticated = stream.account is not None
         if authenticated:
@@ -88,6 +110,17 @@ class Negotiator:
             parts.append(self._authentication.features(opened))
         parts.extend(make(opened.host) for after, make in self._hooks.stream_features if after is authenticated)
         stream.link.command(stream.number).features.children = b"".join(parts)
+
+    def _sent_on(self, stream: Negotiation) -> bool:
+        """Whether another router keeps the sessions of this account: then the stream goes there before it binds."""
+        account = str(stream.account)
+        node = self.hand_over.target(account) if stream.moves < MAX_MOVES else None
+        if node is None:
+            return False
+        ticket = self._tickets.seal(stream.link.incarnation, account, moves=stream.moves + 1)
+        stream.link.moved(stream.number, node.incarnation, self.routing.forwarder.view.version, ticket)
+        log.debug("stream_moved", account=account, to=node.hostname)
+        return True
 
     # --- SASL ---
 
@@ -206,15 +239,12 @@ class Negotiator:
         assert account is not None
         wanted = request.payload.findtext(f"{{{ns.BIND}}}resource") or ""
         jid = account.with_resource(wanted or new_id())
-        while (present := self._sessions.of(str(account)).get(jid.resource)) is not None:
-            # 7.7.2.2: the newcomer wins, so that a client whose old connection hangs gets in again.
-            log.info("resource_conflict", account=str(account))
-            present.link.close(present.stream, "conflict", "replaced by a new connection")
-            await self.end(present)
         if len(self._sessions.of(str(account))) >= MAX_SESSIONS_PER_ACCOUNT:
             raise StanzaError("resource-constraint", "too many sessions of this account", type="wait")
         session = Session(jid, stream.info.lang, stream.link, stream.number, self._spawn)
+        await self._binding.take(session, self.displace)
         self._sessions.add(session)
+        self.routing.strategy.session_opened(session.account, jid.resource)
         stream.session = session
         # With the message goes the whole batch that it came in.
         stream.info = _SPENT
@@ -223,6 +253,7 @@ class Negotiator:
         )  # fmt: skip
         stream.link.bound(session, iq_result(request.id, "", "", payload))
         log.debug("session_bound", session=session.id, account=session.account)
+        self.hand_over.place(session)
         for handler in self._hooks.session_started:
             result = handler(session)
             if result is not None:
@@ -235,10 +266,21 @@ class Negotiator:
     # --- the end of a session ---
 
     async def end(self, session: Session) -> None:
-        """Ends a session, once; who was told that it is available is told that it is not."""
+        """Ends a session, once; who was told that it is available is told that it is not.
+
+        When its row is another router's by now, that one says it, and this one nothing.
+        """
         if not self._sessions.remove(session):
             return
-        session.link.unbound(session)
+        if session.link is not None:
+            session.link.unbound(session)
+            session.link = None
+        self.routing.deliveries.deadlines.ended(session)
+        self.routing.strategy.session_closed(session.account, session.jid.resource)
+        if not await self._binding.give_up(session):
+            for left in self._hooks.session_left:
+                left(session)
+            return
         was_available = session.presence is not None
         for handler in self._hooks.session_ended:
             try:
@@ -249,10 +291,18 @@ class Negotiator:
             except Exception:
                 log.exception("session_end_failed", session=session.id)
 
+    async def displace(self, session: Session) -> None:
+        """RFC 6120 7.7.2.2: the newcomer wins, so that a client whose old connection hangs gets in again."""
+        log.info("resource_conflict", account=session.account)
+        if session.link is not None:
+            session.link.close(session.stream, "conflict", "replaced by a new connection")
+        await self.end(session)
+
     async def delete_account(self, account: Jid) -> None:
         """Ends an account's sessions, removes what modules store for it, then the account itself."""
         for session in list(self._sessions.of(str(account)).values()):
-            session.link.close(session.stream, "not-authorized", "the account was removed")
+            if session.link is not None:
+                session.link.close(session.stream, "not-authorized", "the account was removed")
             await self.end(session)
         for handler in self._hooks.account_deleted:
             result = handler(account)

@@ -12,12 +12,17 @@ from tidings.xmpp import ns
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stanza import attribute, escape_text, quoteattr
 
+# The module whose notes tell other routers of changes.
+NOTES_OF = "roster"
+
 
 class Rosters:
     """Shared by the modules for rosters and for presence."""
 
     def __init__(self, store: RosterStore) -> None:
         self._store = store
+        # Raised when another router has changed a roster: what was being read then may be old.
+        self._changes = 0
         # Rosters of accounts that have sessions here.
         self._cached: dict[str, Roster] = {}
 
@@ -27,8 +32,9 @@ class Rosters:
         cached = self._cached.get(key)
         if cached is not None:
             return cached
+        changes = self._changes
         roster = await self._store.load(account)
-        if router.sessions(key):
+        if router.sessions(key) and changes == self._changes:
             return self._cached.setdefault(key, roster)
         return roster
 
@@ -46,8 +52,7 @@ class Rosters:
         if roster is not None:
             roster.version = max(roster.version, version)
             roster.items[item.contact] = item
-        if push and item.listed:
-            self._push(account, item_xml(item), version, router)
+        self._changed(account, item_xml(item) if push and item.listed else "", version, router)
 
     async def remove(self, account: Jid, contact: str, router: RouterPort, push: bool = True) -> None:
         version = await self._store.remove(account, contact)
@@ -55,12 +60,27 @@ class Rosters:
         if roster is not None:
             roster.version = max(roster.version, version)
             roster.items.pop(contact, None)
-        if push:
-            self._push(account, removed_xml(contact), version, router)
+        self._changed(account, removed_xml(contact) if push else "", version, router)
 
-    async def delete(self, account: Jid) -> None:
+    async def delete(self, account: Jid, router: RouterPort) -> None:
         await self._store.delete_all(account)
         self.forget(str(account))
+        router.tell(NOTES_OF, str(account), b"0 ")
+
+    def _changed(self, account: Jid, item: str, version: int, router: RouterPort) -> None:
+        """Pushes a change (`item`, '' when clients are not told) here, and has the other routers do it too."""
+        router.tell(NOTES_OF, str(account), f"{version} {item}".encode())
+        if item:
+            self._push(account, item, version, router)
+
+    def noted(self, account: Jid, note: bytes, router: RouterPort) -> bytes:
+        """Another router has changed a roster: `note` is the version and the changed item."""
+        self._changes += 1
+        self.forget(str(account))
+        version, _, item = note.decode().partition(" ")
+        if item:
+            self._push(account, item, int(version), router)
+        return b""
 
     def _push(self, account: Jid, item: str, version: int, router: RouterPort) -> None:
         """RFC 6121 2.1.6: to every session that asked for the roster."""

@@ -1,25 +1,32 @@
 """The way of a stanza through a router.
 
 From a session: `from_session` numbers it, shows it to the modules that asked for it, and routes it by its
-address: the server itself, a local account, a component, or nobody. What a local account gets follows
-`delivery`. Forwarding a message builds no tree: only modules that consume a stanza parse it.
+address: the server itself, a local account, a component, or nobody. Where an account's stanza is dealt with,
+and which other routers get copies, the strategy says (`tidings.cluster.forwarding`); what its sessions get
+follows `delivery`. Forwarding a message builds no tree: only modules that consume a stanza parse it.
 
-Everything is synchronous until a module or the database must be waited for; then the sending session's
-later stanzas wait in its lane, and nothing overtakes.
+Everything is synchronous until a module, the database or another router must be waited for; then what belongs
+behind the stanza waits, and nothing overtakes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from services.router import delivery
+from services.router.deliveries import REQUESTS, Deliveries, is_tracked
 from services.router.delivery import Action, Addressed
+from services.router.notes import Notes
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
+from tidings.cluster.strategy import Plan, Strategy
+from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
 from tidings.kit.link import Lane
 from tidings.kit.logging import get_logger
@@ -29,7 +36,8 @@ from tidings.xmpp.jid import Jid, JidError
 from tidings.xmpp.stanza import error_stanza, iq_result
 
 if TYPE_CHECKING:
-    from services.router.store import AccountStore
+    from services.router.forward_links import ForwardLinks
+    from services.router.store import AccountStore, SessionTable
 
 log = get_logger("router")
 
@@ -37,11 +45,9 @@ Pending = Awaitable[None] | None
 
 _step: ContextVar[Lane] = ContextVar("step")
 
-# Stanzas that may be held back while a session gets its stored messages; a session that gets more than
-# this meanwhile loses the rest, as with a full send queue: it stops the growth by a flood during log-in.
-MAX_HELD = 10_000
+# How often an item was missed: nobody took it where the strategy said; nor where the table said.
+TABLE_ASKED = 2
 
-REQUESTS = ("get", "set")
 # RFC 6121 4.7.1; presence without a type is available.
 PRESENCE_TYPES = frozenset(
     ("", "unavailable", "subscribe", "subscribed", "unsubscribe", "unsubscribed", "probe", "error")
@@ -68,6 +74,8 @@ class Routing:
         hooks: Hooks,
         accounts: AccountStore,
         components: Components,
+        table: SessionTable,
+        links: ForwardLinks,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self.hosts = hosts
@@ -75,11 +83,27 @@ class Routing:
         self._hooks = hooks
         self._accounts = accounts
         self._components = components
+        self._table = table
+        self._links = links
         self._spawn = spawn
+        self.deliveries = Deliveries(sessions)
+        self.notes = Notes(hooks, self.step)
+        self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
+        self.strategy: Strategy = None  # type: ignore[assignment]
+        # The other routers of the view that may have sessions.
+        self._others: frozenset[str] = frozenset()
         # For metrics: stanzas by what became of them.
         self.received = 0
-        self.delivered = 0
         self.bounced = 0
+
+    def start(self, strategy: Strategy, forwarder: Forwarder) -> None:
+        """The two need this routing themselves, so they come behind it."""
+        self.strategy = strategy
+        self.forwarder = forwarder
+        self.notes.start(strategy, forwarder)
+
+    def view_changed(self, view: ClusterView, own: str) -> None:
+        self._others = frozenset(node.incarnation for node in view.with_router_sessions()) - {own}
 
     # --- what modules send while they handle something ---
 
@@ -95,7 +119,7 @@ class Routing:
             _step.reset(token)
             await lane.idle()
 
-    def send(self, envelope: Envelope) -> None:
+    def send_for_module(self, envelope: Envelope) -> None:
         """Sends a stanza for a module, within the step that it handles, if any."""
         (_step.get(None) or Lane(self._spawn)).run(self.route, envelope)
 
@@ -104,6 +128,7 @@ class Routing:
     def from_session(self, session: Session, envelope: Envelope) -> Pending:
         """Takes a stanza that a session sent; `from_jid` has been set to the session's full JID."""
         session.number = envelope.number = session.number + 1
+        envelope.origin = session.id
         self.received += 1
         kind = envelope.kind
         try:
@@ -115,6 +140,8 @@ class Routing:
                 to = session.jid.bare
             if kind != MESSAGE:
                 _check(envelope)
+                if kind == IQ and envelope.type in REQUESTS and is_tracked(envelope.to_jid, session):
+                    self.deliveries.deadlines.asked(session, envelope)
             handlers = self._hooks.sent.get(kind)
             if handlers is not None:
                 # Only kinds that a module watches are wrapped: messages mostly are not.
@@ -186,6 +213,7 @@ class Routing:
     # --- by address ---
 
     def _by_address(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
+        """Raises StanzaError."""
         if to.domain in self.hosts:
             if to.local:
                 return self._to_account(envelope, to, session)
@@ -206,22 +234,71 @@ class Routing:
         return None
 
     def _to_account(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
-        handlers = self._hooks.received.get(envelope.kind)
-        if handlers is not None:
-            stanza = Stanza(envelope, session)
-            rest = self._offer(handlers, stanza, 0)
-            if rest is False:
-                return None
-            if rest is not True:
-                return self._deliver_after(rest, envelope, to, session)
-        return self._deliver_to_account(envelope, to, session)
+        account = str(to.bare)
+        sender = session.account if session is not None else envelope.from_jid.partition("/")[0]
+        flow = (sender, account)
+        pending: Pending = self.forwarder.run(Item(flow, account, to.resource, envelope, origin=session))
+        if pending is None and session is not None and len(self.forwarder) and self.forwarder.long(flow):
+            return self._relief(flow)
+        return pending
 
-    async def _deliver_after(
-        self, rest: Awaitable[bool], envelope: Envelope, to: Jid, session: Session | None
-    ) -> None:
+    async def _relief(self, flow: tuple[str, str]) -> None:
+        """Holds a sender up until what it has sent to an account is on its way."""
+        relieved: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.forwarder.on_relief(flow, partial(_settle, relieved))
+        await relieved
+
+    # --- the port of the forwarder ---
+
+    def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
+        self._links.send(node, item, sent, refusals_seen)
+
+    def decide(self, item: Item, plan: Plan) -> Pending:
+        """Applies the rules of an account to a stanza for it."""
+        envelope: Envelope = item.payload
+        if item.mode is Mode.NOTE:
+            return self.notes.noted(item)
+        if item.mode is Mode.SESSIONS:
+            item.taken = self._to_sessions_here(envelope, item)
+            return None
         try:
-            if await rest:
-                pending = self._deliver_to_account(envelope, to, session)
+            if item.missed:
+                return self._absent(item)
+            handlers = self._hooks.received.get(envelope.kind)
+            if handlers is not None:
+                rest = self._offer(handlers, Stanza(envelope, item.origin), 0)
+                if rest is False:
+                    return None
+                if rest is not True:
+                    return self._deliver_after(rest, item, plan)
+            return self._deliver_to_account(item, plan)
+        except (StanzaError, JidError) as error:
+            self._refuse(envelope, error)
+        except Exception:
+            self._failed(envelope)
+        return None
+
+    def wait(self, pending: Awaitable[None], then: Callable[[], None]) -> None:
+        async def waiting() -> None:
+            try:
+                await pending
+            finally:
+                then()
+
+        self._spawn(waiting(), "stanza from another router")
+
+    def overflowed(self, item: Item) -> None:
+        self._refuse(item.payload, StanzaError("resource-constraint", "too much waits for that account", type="wait"))
+
+    # --- what an account gets ---
+
+    async def _deliver_after(self, rest: Awaitable[bool], item: Item, plan: Plan) -> None:
+        envelope = item.payload
+        try:
+            async with self.step():
+                go_on = await rest
+            if go_on:
+                pending = self._deliver_to_account(item, plan)
                 if pending is not None:
                     await pending
         except (StanzaError, JidError, DatabaseAway) as error:
@@ -229,33 +306,86 @@ class Routing:
         except Exception:
             self._failed(envelope)
 
-    def _deliver_to_account(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
-        bare = to.bare
-        sessions = self._sessions.of(str(bare))
+    def _deliver_to_account(self, item: Item, plan: Plan) -> Pending:
+        """Gives a stanza to the sessions that are here, and copies to routers that may have others."""
+        envelope: Envelope = item.payload
         kind = envelope.kind
-        if to.resource:
-            match = sessions.get(to.resource)
+        if item.resource:
+            match = self._sessions.of(item.account).get(item.resource)
             if match is not None:
-                self.to_session(match, envelope)
+                self.deliveries.to_session(match, envelope)
                 return None
         elif kind == IQ:
             if envelope.type in REQUESTS:
-                return self._request(envelope, Where.ACCOUNT, session)
+                return self._request(envelope, Where.ACCOUNT, item.origin)
             return None
+        else:
+            action = delivery.decide(kind, envelope.type, Addressed.BARE_PRESENT)
+            if action is Action.BOUNCE:
+                raise StanzaError("service-unavailable")
+            if action is Action.IGNORE:
+                return None
+        taken = not item.resource and self._to_sessions_here(envelope, item)
+        if plan.nodes:
+            self.forwarder.copies(item, plan, taken)
+            return None
+        return None if taken else self._absent(item)
+
+    def _to_sessions_here(self, envelope: Envelope, item: Item) -> bool:
+        """RFC 6121 8.5.2.1, 8.5.3.1 for the sessions of this router; whether there were any."""
+        sessions = self._sessions.of(item.account)
+        if item.resource:
+            match = sessions.get(item.resource)
+            if match is not None:
+                self.deliveries.to_session(match, envelope)
+            return match is not None
+        kind = envelope.kind
         present = (
             delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(sessions.values())
         )
-        if to.resource:
-            addressed = Addressed.FULL_PRESENT if present else Addressed.FULL_ABSENT
-        else:
-            addressed = Addressed.BARE_PRESENT if present else Addressed.BARE_ABSENT
+        for receiver in present:
+            self.deliveries.to_session(receiver, envelope)
+        return bool(present)
+
+    def _absent(self, item: Item) -> Pending:
+        """Nobody takes it, as far as the strategy knows. Where other routers are, the table has the last word."""
+        if self._others and item.missed < TABLE_ASKED and item.payload.kind != PRESENCE:
+            return self._ask_table(item)
+        return self._nobody(item)
+
+    async def _ask_table(self, item: Item) -> None:
+        try:
+            rows = await self._table.of_account(Jid.parse(item.account))
+            nodes = {row.router for row in rows if not item.resource or row.jid.resource == item.resource}
+            elsewhere = tuple(sorted(nodes & self._others))
+            if elsewhere:
+                log.debug("found_by_table", account=item.account, routers=elsewhere)
+                item.missed = TABLE_ASKED
+                self.forwarder.copies(item, Plan(nodes=elsewhere), False)
+                return
+            pending = self._nobody(item)
+            if pending is not None:
+                await pending
+        except (StanzaError, JidError, DatabaseAway) as error:
+            self._refuse(item.payload, error)
+        except Exception:
+            self._failed(item.payload)
+
+    def _nobody(self, item: Item) -> Pending:
+        """RFC 6121 8.5.2.2 and 8.5.3.2: there is no session for it."""
+        envelope: Envelope = item.payload
+        kind = envelope.kind
+        if item.resource and kind == MESSAGE:
+            if delivery.decide(kind, envelope.type, Addressed.FULL_PRESENT) is Action.NON_NEGATIVE:
+                # 8.5.3.2.1: as if it had been addressed to the bare JID.
+                item.resource = ""
+                item.missed = 0
+                return self._deliver_to_account(item, self.strategy.locate(item.account, ""))
+        addressed = Addressed.FULL_ABSENT if item.resource else Addressed.BARE_ABSENT
         action = delivery.decide(kind, envelope.type, addressed)
-        if action is Action.NON_NEGATIVE or action is Action.AVAILABLE:
-            for receiver in present:
-                self.to_session(receiver, envelope)
-        elif action is Action.STORE:
-            return self._store(envelope, bare)
-        elif action is Action.BOUNCE:
+        if action is Action.STORE:
+            return self._store(envelope, Jid.parse(item.account))
+        if action is Action.BOUNCE:
             raise StanzaError("service-unavailable")
         return None
 
@@ -333,47 +463,17 @@ class Routing:
             from_jid=envelope.to_jid, to_jid=envelope.from_jid, stanza=raw,
         )  # fmt: skip
         to = Jid.parse(envelope.from_jid)
-        if to.domain in self.hosts:
-            session = self._sessions.of(str(to.bare)).get(to.resource)
-            if session is not None:
-                self.to_session(session, reply)
-        else:
+        if to.domain not in self.hosts:
             self._components.send(to.domain, reply)
-
-    # --- out ---
-
-    def to_session(self, session: Session, envelope: Envelope) -> None:
-        """Gives a stanza to a session, behind what is held back for it."""
-        held = session.held
-        if held is not None and envelope.kind == MESSAGE:
-            if len(held) < MAX_HELD:
-                held.append(envelope)
-            else:
-                log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
             return
-        self.deliver(session, envelope)
-
-    def deliver(self, session: Session, envelope: Envelope) -> None:
-        """Writes a stanza to a session's stream now."""
-        session.delivered += 1
-        self.delivered += 1
-        session.link.deliver(session, envelope)
-
-    def hold(self, session: Session) -> None:
-        session.holds += 1
-        if session.held is None:
-            session.held = deque()
-
-    def release(self, session: Session) -> None:
-        session.holds -= 1
-        if session.holds:
-            return
-        held, session.held = session.held, None
-        for envelope in held or ():
-            self.deliver(session, envelope)
-
-    def sessions(self, account: str) -> Mapping[str, Session]:
-        return self._sessions.of(account)
+        session = self._sessions.of(str(to.bare)).get(to.resource)
+        if session is not None:
+            self.deliveries.to_session(session, reply)
+        elif self._others and to.local:
+            # Who asked is at another router. An answer is never refused, so nothing comes of waiting for it.
+            pending = self._to_account(reply, to, None)
+            if pending is not None:
+                self._spawn(pending, "answer to another router")
 
 
 def _check(envelope: Envelope) -> None:
@@ -388,3 +488,8 @@ def _check(envelope: Envelope) -> None:
             raise StanzaError("bad-request", "an IQ is of type get, set, result or error")
     elif envelope.kind == PRESENCE and envelope.type not in PRESENCE_TYPES:
         raise StanzaError("bad-request", f"no such type of presence: {envelope.type[:40]}")
+
+
+def _settle(relieved: asyncio.Future[None]) -> None:
+    if not relieved.done():
+        relieved.set_result(None)

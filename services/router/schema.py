@@ -90,3 +90,17 @@ messages = sa.Table(
 
 # The last position given out in each account.
 message_positions = sa.Table("message_positions", metadata, *_account(), sa.Column("last", BigInt, nullable=False))
+
+# Who owns which full JID; see services.router.store.SessionTable.
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    *_account(),
+    # The resource's hash, because three parts of JIDs do not fit into one key.
+    sa.Column("resource_hash", sa.BINARY(16), primary_key=True),
+    sa.Column("resource", JidPart, nullable=False),
+    sa.Column("session", Text(64), nullable=False),
+    sa.Column("epoch", BigInt, nullable=False),
+    sa.Column("router", Text(64), nullable=False, index=True),
+    sa.Column("available", sa.Boolean, nullable=False),
+)

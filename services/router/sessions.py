@@ -27,12 +27,13 @@ class Session:
     """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
 
     __slots__ = (
-        "account", "delivered", "directed", "epoch", "held", "holds", "id", "interested", "jid", "jid_text", "lane",
-        "lang", "link", "notes", "number", "presence", "priority", "stream",
+        "account", "asked", "connector", "delivered", "directed", "epoch", "frozen", "held", "holds", "id",
+        "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes", "number", "presence", "priority",
+        "seen_available", "stream", "taken",
     )  # fmt: skip
 
     def __init__(
-        self, jid: Jid, lang: str, link: ConnectorLink, stream: int, spawn: Callable[[Any, str], Any]
+        self, jid: Jid, lang: str, link: ConnectorLink | None, stream: int, spawn: Callable[[Any, str], Any]
     ) -> None:
         self.id = new_id()
         self.epoch = 1
@@ -40,8 +41,11 @@ class Session:
         self.jid_text = str(jid)
         self.account = str(jid.bare)
         self.lang = lang
+        # The connector's link; None while it has not attached the stream of a session that was handed over.
         self.link = link
         self.stream = stream
+        # The incarnation of its connector.
+        self.connector = link.incarnation if link is not None else ""
         self.priority = 0
         self.presence: bytes | None = None
         self.interested = False
@@ -50,6 +54,15 @@ class Session:
         # Stanzas taken from it, and written to it.
         self.number = 0
         self.delivered = 0
+        # The last number that it took from each session that sent it something, so that hops may repeat.
+        self.taken: dict[str, int] = {}
+        # IQ requests that wait for an answer, with the time when that is over (see iq_deadlines.py).
+        self.asked: dict[tuple[str, str], float] = {}
+        # What the row of the session says.
+        self.seen_available = False
+        # It is being handed over; what is delivered to it meanwhile.
+        self.moving = False
+        self.frozen: deque[Envelope] | None = None
         # What it sends is worked off in order.
         self.lane = Lane(spawn)
         # What is routed to it while stored messages go first.

@@ -43,8 +43,11 @@ class AccountStore(Protocol):
     async def page(self, host: str | None, after: str, limit: int) -> list[AccountRow]:
         """Accounts by JID, those after a JID; of one host, or of all."""
 
-    async def fake_salt_key(self) -> bytes:
-        """The key from which salts of names without account are made: MUST be the same on every router."""
+    async def shared_key(self, name: str) -> bytes:
+        """32 random bytes, made by whoever asks first: MUST be the same on every router, for ever.
+
+        "fake-salt-key" is for the salts of names without account, "ticket-key" seals tickets.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +141,48 @@ class MessageStore(Protocol):
         """These messages wait no longer."""
 
     async def delete_all(self, account: Jid) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """Who owns a full JID: one row of the table `sessions`."""
+
+    jid: Jid
+    session: str
+    # Raised by whoever takes the session over; who acts under an older one is refused.
+    epoch: int
+    # The incarnation of the router that owns it.
+    router: str
+    # Whether contacts have seen it available, as far as that has been written.
+    available: bool = False
+
+
+class SessionTable(Protocol):
+    """Who owns which full JID: the one truth of the cluster. Every change is a compare-and-set.
+
+    A row is there from bind to the end of its session. Implementations MUST let exactly one of several callers
+    win, whichever routers they are.
+    """
+
+    async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
+        """Enters a session. Returns None when it is entered, else the row that is in the way."""
+
+    async def replace(self, row: SessionRow, session: str, router: str) -> bool:
+        """Puts a new session in the place of a row, if that is still as given. Its epoch is one higher."""
+
+    async def move(self, row: SessionRow, router: str) -> bool:
+        """Gives a session to another router under the next epoch, if its row is still as given (but for
+        `available`)."""
+
+    async def end(self, jid: Jid, session: str, epoch: int) -> SessionRow | None:
+        """Removes a session, if its row still has this epoch. Returns the row that was removed."""
+
+    async def set_available(self, changes: Sequence[tuple[Jid, str, bool]]) -> None:
+        """Notes of sessions (full JID, session id) whether they have been seen available."""
+
+    async def of_account(self, account: Jid) -> list[SessionRow]: ...
+
+    async def of_router(self, router: str) -> list[SessionRow]: ...
+
+    async def routers(self) -> list[str]:
+        """The incarnations that own sessions."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from services.router.store import AccountExists, AccountRow, KeptMessage, Roster, RosterItem
+from services.router.store import AccountExists, AccountRow, KeptMessage, Roster, RosterItem, SessionRow
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.sasl import ScramKeys
 
@@ -16,7 +17,7 @@ class MemoryAccountStore:
 
     def __init__(self) -> None:
         self._accounts: dict[tuple[str, str], tuple[int, dict[str, ScramKeys]]] = {}
-        self._fake = secrets.token_bytes(32)
+        self._shared: dict[str, bytes] = {}
 
     async def create(self, host: str, local: str, keys: Mapping[str, ScramKeys]) -> None:
         if (host, local) in self._accounts:
@@ -46,8 +47,8 @@ class MemoryAccountStore:
         ]
         return sorted(row for row in rows if row.jid > after)[:limit]
 
-    async def fake_salt_key(self) -> bytes:
-        return self._fake
+    async def shared_key(self, name: str) -> bytes:
+        return self._shared.setdefault(name, secrets.token_bytes(32))
 
 
 class MemoryRosterStore:
@@ -128,3 +129,52 @@ class MemoryMessageStore:
 
     async def delete_all(self, account: Jid) -> None:
         self._messages.pop(account, None)
+
+
+class MemorySessionTable:
+    """Satisfies `services.router.store.SessionTable`."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Jid, SessionRow] = {}
+
+    async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
+        present = self._rows.get(jid)
+        if present is None:
+            self._rows[jid] = SessionRow(jid, session, 1, router)
+        return present
+
+    async def replace(self, row: SessionRow, session: str, router: str) -> bool:
+        return self._change(row, SessionRow(row.jid, session, row.epoch + 1, router))
+
+    async def move(self, row: SessionRow, router: str) -> bool:
+        present = self._rows.get(row.jid)
+        available = present is not None and present.available
+        return self._change(row, SessionRow(row.jid, row.session, row.epoch + 1, router, available))
+
+    def _change(self, row: SessionRow, changed: SessionRow) -> bool:
+        present = self._rows.get(row.jid)
+        if present is None or replace(present, available=row.available) != row:
+            return False
+        self._rows[row.jid] = changed
+        return True
+
+    async def end(self, jid: Jid, session: str, epoch: int) -> SessionRow | None:
+        present = self._rows.get(jid)
+        if present is None or (present.session, present.epoch) != (session, epoch):
+            return None
+        return self._rows.pop(jid)
+
+    async def set_available(self, changes: Sequence[tuple[Jid, str, bool]]) -> None:
+        for jid, session, available in changes:
+            present = self._rows.get(jid)
+            if present is not None and present.session == session:
+                self._rows[jid] = replace(present, available=available)
+
+    async def of_account(self, account: Jid) -> list[SessionRow]:
+        return [row for row in self._rows.values() if row.jid.bare == account]
+
+    async def of_router(self, router: str) -> list[SessionRow]:
+        return [row for row in self._rows.values() if row.router == router]
+
+    async def routers(self) -> list[str]:
+        return sorted({row.router for row in self._rows.values()})

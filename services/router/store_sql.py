@@ -28,8 +28,6 @@ from tidings.xmpp.sasl import ScramKeys
 
 __all__ = ["SqlAccountStore", "SqlMessageStore", "SqlRosterStore"]
 
-FAKE_SALT_KEY = "fake-salt-key"
-
 
 def of(table: sa.Table, host: str, local: str) -> sa.ColumnElement[bool]:
     """The rows of one account."""
@@ -97,20 +95,18 @@ class SqlAccountStore:
             rows = await connection.execute(wanted)
             return [AccountRow(f"{row.local}@{row.host}", row.created_unix_ms) for row in rows]
 
-    async def fake_salt_key(self) -> bytes:
-        wanted = sa.select(router_values.c.content).where(router_values.c.name == FAKE_SALT_KEY)
+    async def shared_key(self, name: str) -> bytes:
+        wanted = sa.select(router_values.c.content).where(router_values.c.name == name)
         async with self._database.read() as connection:
             found = (await connection.execute(wanted)).scalar()
         if found is not None:
             return bytes(found)
         try:
             async with self._database.write() as connection:
-                await connection.execute(
-                    router_values.insert().values(name=FAKE_SALT_KEY, content=secrets.token_bytes(32))
-                )
+                await connection.execute(router_values.insert().values(name=name, content=secrets.token_bytes(32)))
         except IntegrityError:
             pass  # another router was first, and its key counts
-        return await self.fake_salt_key()
+        return await self.shared_key(name)
 
 
 def _key_rows(host: str, local: str, keys: Mapping[str, ScramKeys]) -> list[dict[str, Any]]:

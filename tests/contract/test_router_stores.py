@@ -9,9 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from services.router.store import AccountExists, AccountStore, MessageStore, RosterItem, RosterStore
-from services.router.store_memory import MemoryAccountStore, MemoryMessageStore, MemoryRosterStore
+from services.router.store import (
+    AccountExists,
+    AccountStore,
+    MessageStore,
+    RosterItem,
+    RosterStore,
+    SessionRow,
+    SessionTable,
+)
+from services.router.store_memory import (
+    MemoryAccountStore,
+    MemoryMessageStore,
+    MemoryRosterStore,
+    MemorySessionTable,
+)
 from services.router.store_sql import SqlAccountStore, SqlMessageStore, SqlRosterStore
+from services.router.store_sql_sessions import SqlSessionTable
 from tidings.kit.database_url import DatabaseUrl, parse
 from tidings.kit.db import Database
 from tidings.kit.migrations import migrate
@@ -28,12 +42,13 @@ class Stores:
     accounts: AccountStore
     rosters: RosterStore
     messages: MessageStore
+    sessions: SessionTable
 
 
 @pytest.fixture(params=["memory", "sqlite", "mysql"])
 async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stores]:
     if request.param == "memory":
-        yield Stores(MemoryAccountStore(), MemoryRosterStore(), MemoryMessageStore())
+        yield Stores(MemoryAccountStore(), MemoryRosterStore(), MemoryMessageStore(), MemorySessionTable())
         return
     if request.param == "sqlite":
         url = DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")
@@ -44,7 +59,7 @@ async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     await migrate(database, "router", "services.router:migrations")
     messages = SqlMessageStore(database)
     await messages.start()
-    yield Stores(SqlAccountStore(database), SqlRosterStore(database), messages)
+    yield Stores(SqlAccountStore(database), SqlRosterStore(database), messages, SqlSessionTable(database))
     await messages.stop()
     await database.stop()
 
@@ -123,7 +138,7 @@ async def test_a_deleted_account_is_gone_with_its_keys(stores: Stores) -> None:
 
 
 async def test_everybody_gets_the_same_key_for_made_up_salts(stores: Stores) -> None:
-    keys = await asyncio.gather(*(stores.accounts.fake_salt_key() for _ in range(5)))
+    keys = await asyncio.gather(*(stores.accounts.shared_key("fake-salt-key") for _ in range(5)))
     assert len(set(keys)) == 1
     assert len(keys[0]) == 32
 
@@ -234,3 +249,54 @@ async def test_large_and_odd_bytes_survive(stores: Stores) -> None:
     assert (kept.from_jid, kept.stanza) == ("ä@example.org/♥", stanza)
     await stores.messages.delete_all(ROMEO)
     assert await stores.messages.pending(ROMEO, 0, 10) == []
+
+
+# --- sessions ---
+
+DESK = Jid.parse("romeo@example.org/desk")
+
+
+async def test_of_many_who_bind_one_full_jid_exactly_one_gets_it(stores: Stores) -> None:
+    answers = await asyncio.gather(*(stores.sessions.bind(DESK, f"s{n}", f"r{n % 3}") for n in range(12)))
+    (winner,) = (n for n, answer in enumerate(answers) if answer is None)
+    assert {answer.session for answer in answers if answer is not None} == {f"s{winner}"}
+    assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, f"s{winner}", 1, f"r{winner % 3}")]
+
+
+async def test_of_many_who_take_a_session_over_exactly_one_does(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    row = SessionRow(DESK, "s", 1, "r0")
+    moved = await asyncio.gather(*(stores.sessions.move(row, f"r{n}") for n in range(1, 9)))
+    assert moved.count(True) == 1
+    (now,) = await stores.sessions.of_account(ROMEO)
+    assert (now.session, now.epoch, now.router) == ("s", 2, f"r{moved.index(True) + 1}")
+    assert not await stores.sessions.move(row, "r9"), "who acts under an older epoch is refused"
+    assert await stores.sessions.end(DESK, "s", 1) is None
+    assert not await stores.sessions.replace(row, "other", "r9")
+
+
+async def test_a_session_ends_once_and_its_row_says_whether_it_was_seen(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    await stores.sessions.set_available([(DESK, "s", True), (DESK, "another", False)])
+    ends = await asyncio.gather(*(stores.sessions.end(DESK, "s", 1) for _ in range(6)))
+    assert [end for end in ends if end is not None] == [SessionRow(DESK, "s", 1, "r0", True)]
+    assert await stores.sessions.of_account(ROMEO) == []
+
+
+async def test_a_replaced_session_is_another_one_under_the_next_epoch(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    await stores.sessions.set_available([(DESK, "s", True)])
+    (row,) = await stores.sessions.of_account(ROMEO)
+    assert await stores.sessions.replace(row, "t", "r1")
+    assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, "t", 2, "r1", False)]
+    assert await stores.sessions.end(DESK, "s", 1) is None
+
+
+async def test_sessions_are_found_by_account_and_by_router(stores: Stores) -> None:
+    phone = Jid.parse("romeo@example.org/phone")
+    other = Jid.parse("juliet@example.net/♥")
+    for number, (jid, router) in enumerate(((DESK, "r0"), (phone, "r1"), (other, "r1"))):
+        assert await stores.sessions.bind(jid, f"s{number}", router) is None
+    assert {row.jid for row in await stores.sessions.of_account(ROMEO)} == {DESK, phone}
+    assert {row.jid for row in await stores.sessions.of_router("r1")} == {phone, other}
+    assert await stores.sessions.routers() == ["r0", "r1"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from tidings.cluster.node import Node
+from tidings.cluster.node import Node, NodeState
 
 
 class ClusterView:
@@ -37,6 +37,10 @@ class ClusterView:
     def with_service(self, service: str) -> list[Node]:
         """The nodes that run a service, by name."""
         return [node for node in self if service in node.services]
+
+    def with_router_sessions(self) -> list[Node]:
+        """The routers that may have sessions: all but those that have failed."""
+        return [node for node in self.with_service("router") if node.state is not NodeState.FAILED]
 
     def with_node(self, version: int, node: Node) -> ClusterView:
         """The view in which this node is new, or as it is now."""

@@ -17,6 +17,8 @@ ACCESS: dict[str, tuple[str, ...]] = {
     f"{_API}.registry.v1.RegistryService/ReportUnreachable": ("node",),
     f"{_API}.router.v1.RouterService/Attach": ("node:connector",),
     f"{_API}.router.v1.RouterService/Forward": ("node:router",),
+    f"{_API}.router.v1.RouterService/AdoptSession": ("node:router",),
+    f"{_API}.router.v1.RouterService/EndSession": ("node:router",),
     f"{_API}.router.v1.AccountService": ("client",),
     f"{_API}.connector.v1.ConnectorService": ("node:router", "client"),
     f"{_API}.component.v1.ComponentService": ("node", "client"),

@@ -33,6 +33,10 @@ SHORTEST_WAIT = 0.0002
 # Closed batches that may wait for the stream: 64 MiB at most. A peer that takes none of them is as good as
 # dead. Beyond it `Overflow` is raised, and the link's owner ends the link.
 MAX_WAITING = 64
+# Sent batches of a resumable link that its peer has not confirmed; with so many, those that follow wait.
+MAX_UNCONFIRMED = 128
+# Seconds that a confirmation may wait for company.
+CONFIRM_DELAY = 0.05
 
 
 class Batch(Protocol):
@@ -42,9 +46,6 @@ class Batch(Protocol):
     received_through: int
     safe_through: int
 
-    @property
-    def envelopes(self) -> Any: ...
-
 
 B = TypeVar("B", bound=Batch)
 
@@ -53,34 +54,54 @@ class Overflow(Exception):
     """The peer of a link does not take what is sent; the link must be ended."""
 
 
+class Gap(Exception):
+    """A batch is missing: the call must be ended, and the link resumed by another one."""
+
+
 class Outbox(Generic[B]):
     """What waits to be sent on one link.
 
     Its bound is MAX_WAITING closed batches; beyond it `begin` and `begin_item` raise Overflow. From half of
     that on `congested` is true: whoever can hold back its own sources does so then.
+
+    A resumable link outlives its calls: what the peer has not confirmed is kept, and sent again by the next
+    call (`resume`). Then `run` is started once for each call.
     """
 
     __slots__ = (
         "_bytes",
+        "_confirming",
         "_count",
         "_ended",
         "_interval",
         "_new",
+        "_resend",
+        "_resumable",
+        "_unconfirmed",
         "_waiter",
         "_waiting",
         "batch",
+        "on_batch",
         "on_relief",
         "received",
         "relieving",
+        "safe",
         "sent_bytes",
         "sent_envelopes",
         "sequence",
     )  # fmt: skip
 
-    def __init__(self, new: Callable[[], B], interval: float) -> None:
+    def __init__(self, new: Callable[[], B], interval: float, resumable: bool = False) -> None:
+        self._resumable = resumable
+        # Sent and not confirmed, and those of them that the present call has to send again.
+        self._unconfirmed: deque[B] = deque()
+        self._resend: deque[B] = deque()
+        self._confirming: asyncio.TimerHandle | None = None
+        # Called with each batch when it has got its number.
+        self.on_batch: Callable[[B], None] | None = None
         self._new = new
         self._interval = interval
-        self._waiting: deque[B] = deque()
+        self._waiting: deque[tuple[B, int]] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._count = 0
         self._bytes = 0
@@ -90,6 +111,8 @@ class Outbox(Generic[B]):
         # The number of the last batch sent, and of the last one taken from the peer.
         self.sequence = 0
         self.received = 0
+        # The last one taken from the peer whose envelopes are dealt with.
+        self.safe = 0
         # Totals, for metrics.
         self.sent_envelopes = 0
         self.sent_bytes = 0
@@ -99,23 +122,22 @@ class Outbox(Generic[B]):
 
     def begin(self, size: int) -> Any:
         """Makes room for an envelope of `size` bytes; returns the container to `add` it to."""
+        self._make_room(size)
+        envelopes: Any = self.batch
+        return envelopes.envelopes
+
+    def _make_room(self, size: int) -> None:
         if self._count >= MAX_ENVELOPES or self._bytes + size > MAX_BYTES:
             self._close()
         self._count += 1
         self._bytes += size
         if self._waiter is not None:
             self._wake()
-        return self.batch.envelopes
 
     def begin_item(self) -> B:
         """Makes room for something that is no envelope; returns the batch to put it into."""
-        self.begin(64)
+        self._make_room(64)
         return self.batch
-
-    @property
-    def position(self) -> int:
-        """How many envelopes the present batch holds: what comes next goes behind them."""
-        return len(self.batch.envelopes)
 
     @property
     def congested(self) -> bool:
@@ -126,7 +148,7 @@ class Outbox(Generic[B]):
             return
         if len(self._waiting) >= MAX_WAITING:
             raise Overflow(f"{MAX_WAITING} batches wait for a peer that does not take them")
-        self._waiting.append(self.batch)
+        self._waiting.append((self.batch, self._count))
         if self.congested:
             self.relieving = True
         self.batch = self._new()
@@ -143,12 +165,57 @@ class Outbox(Generic[B]):
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
+    # --- resumable links ---
+
+    def confirm_soon(self) -> None:
+        """Tells the peer before long what was taken, if nothing else does it earlier."""
+        if self._confirming is None:
+            self._confirming = asyncio.get_running_loop().call_later(CONFIRM_DELAY, self._confirm_now)
+
+    def _confirm_now(self) -> None:
+        self._confirming = None
+        if not self._count:
+            self.begin_item()
+
+    def confirmed(self, through: int) -> None:
+        """The peer has taken all batches up to this number."""
+        while self._unconfirmed and self._unconfirmed[0].sequence <= through:
+            self._unconfirmed.popleft()
+            if len(self._unconfirmed) == MAX_UNCONFIRMED - 1:
+                self._wake()
+
+    def resume(self, after: int) -> None:
+        """Another call begins: batches behind this number are sent again, first."""
+        self.confirmed(after)
+        self._resend = deque(self._unconfirmed)
+
+    def take(self, sequence: int) -> bool:
+        """Whether a batch of the peer is new. Raises Gap."""
+        if sequence <= self.received:
+            return False
+        if sequence != self.received + 1:
+            raise Gap(f"batch {sequence} came after {self.received}")
+        self.received = sequence
+        return True
+
+    def _full(self) -> bool:
+        return self._resumable and len(self._unconfirmed) >= MAX_UNCONFIRMED
+
     async def run(self, write: Callable[[B], Awaitable[Any]]) -> None:
         """Sends batches by `write` until cancelled, or until the stream is over: who reads it sees why."""
         loop = asyncio.get_running_loop()
         last = 0.0
         while not self._ended:
-            if not self._count and not self._waiting:
+            if self._resend:
+                again = self._resend.popleft()
+                again.received_through = self.received
+                again.safe_through = self.safe
+                try:
+                    await write(again)
+                except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                    return
+                continue
+            if (not self._count and not self._waiting) or self._full():
                 self._waiter = loop.create_future()
                 await self._waiter
                 continue
@@ -158,20 +225,25 @@ class Outbox(Generic[B]):
                     await asyncio.sleep(wait)
                 last = loop.time()
             if self._waiting:
-                batch = self._waiting.popleft()
+                batch, count = self._waiting.popleft()
                 if self.relieving and not self.congested:
                     self.relieving = False
                     if self.on_relief is not None:
                         self.on_relief()
             else:
-                batch = self.batch
+                batch, count = self.batch, self._count
                 self.sent_bytes += self._bytes
                 self.batch = self._new()
                 self._count = self._bytes = 0
             self.sequence += 1
             batch.sequence = self.sequence
             batch.received_through = self.received
-            self.sent_envelopes += len(batch.envelopes)
+            batch.safe_through = self.safe
+            self.sent_envelopes += count
+            if self._resumable:
+                self._unconfirmed.append(batch)
+                if self.on_batch is not None:
+                    self.on_batch(batch)
             try:
                 await write(batch)
             except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):

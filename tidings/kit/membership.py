@@ -57,6 +57,8 @@ class Member:
         self._listeners: list[Callable[[ClusterView], None]] = []
         self._changed = asyncio.Event()
         self._joined = False
+        # Nodes that went and after which this one still cleans up, with the view that showed it.
+        self._cleaning: dict[str, int] = {}
         self.view = ClusterView()
 
     # --- joining and leaving ---
@@ -94,6 +96,19 @@ class Member:
         self._state = state
         if self._joined:
             await self._beat_once()
+
+    def cleaning(self, incarnation: str) -> None:
+        """This node cleans up after one that went; its name is not given to another start before that is done."""
+        self._cleaning.setdefault(incarnation, self.view.version)
+
+    def cleaned(self, incarnation: str) -> None:
+        """It has."""
+        self._cleaning.pop(incarnation, None)
+
+    @property
+    def cleaned_through(self) -> int:
+        """The view up to which nothing is left to clean up."""
+        return min(self._cleaning.values()) - 1 if self._cleaning else self.view.version
 
     async def leave(self) -> None:
         """Leaves the cluster; what can't be said now the lease will say."""

@@ -153,6 +153,8 @@ EndHandler = Callable[[Session, bool], Awaitable[None] | None]
 # The session, its presence as it was sent, and the type: '' or "unavailable".
 PresenceHandler = Callable[[Session, bytes, str], None]
 AccountHandler = Callable[[Jid], Awaitable[None] | None]
+# The account and the content of a note; the answer, or None when this router has nothing to do with it.
+NoteHandler = Callable[[Jid, bytes], Awaitable[bytes | None] | bytes | None]
 # On a stream that nobody is authenticated on: the request, and the virtual host of the stream.
 EarlyIqHandler = Callable[[Stanza, str], bytes | Awaitable[bytes]]
 
@@ -161,7 +163,19 @@ class RouterPort(Protocol):
     """What modules may ask of the router."""
 
     def sessions(self, account: str) -> Mapping[str, Session]:
-        """The sessions of a bare JID at this router, by resource."""
+        """The sessions of a bare JID at this router, by resource. Other routers may have more of them, under
+        some strategies: `ask` and `tell` reach those."""
+
+    async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
+        """What the same module in the other routers that may have sessions of an account answers to a note.
+
+        Not guaranteed: that a router which dies meanwhile answers."""
+
+    def tell(self, module: str, account: str, content: bytes) -> None:
+        """The same without waiting for answers; the note goes behind all that was sent to the account."""
+
+    async def known(self) -> None:
+        """Waits until the other routers know what the strategy has told them of sessions here."""
 
     def route(self, envelope: Envelope) -> None:
         """Sends a stanza on its way by the rules, as if it had come from its `from_jid`. Returns at once."""
@@ -201,6 +215,8 @@ class Hooks:
     session_available: list[SessionHandler] = field(default_factory=list)
     presence_changed: list[PresenceHandler] = field(default_factory=list)
     session_ended: list[EndHandler] = field(default_factory=list)
+    session_left: list[Callable[[Session], None]] = field(default_factory=list)
+    notes: dict[str, NoteHandler] = field(default_factory=dict)
     account_deleted: list[AccountHandler] = field(default_factory=list)
     stream_features: list[tuple[bool, Callable[[str], bytes]]] = field(default_factory=list)
     server_features: list[str] = field(default_factory=list)
@@ -302,6 +318,22 @@ class Module:
         """A session is over; the flag says whether it was available till then."""
         self._hooks.session_ended.append(handler)
 
+    def on_session_left(self, handler: Callable[[Session], None]) -> None:
+        """A session was handed over to another router: it goes on there, and nobody is told."""
+        self._hooks.session_left.append(handler)
+
+    def on_note(self, handler: NoteHandler) -> None:
+        """Gets the notes of the same module in other routers."""
+        self._hooks.notes[self._spec.name] = handler
+
+    async def ask(self, account: str, content: bytes) -> list[bytes]:
+        """Asks the same module in the other routers that may have sessions of an account."""
+        return await self.router.ask(self._spec.name, account, content)
+
+    def tell(self, account: str, content: bytes) -> None:
+        """Tells them something."""
+        self.router.tell(self._spec.name, account, content)
+
     def on_account_deleted(self, handler: AccountHandler) -> None:
         """An account goes: remove what is stored for it. Called when its sessions have ended."""
         self._hooks.account_deleted.append(handler)
@@ -322,6 +354,8 @@ class Module:
         """
         self.router.hold(session)
         try:
+            # Who stores a message from here on knows that somebody has come.
+            await self.router.known()
             for handler in self._hooks.session_available:
                 result = handler(session)
                 if result is not None:

@@ -70,7 +70,11 @@ class CertificateAuthority:
             )
         derived = hashlib.scrypt(secret.encode(), salt=b"tidings cluster authority v1", dklen=48, **_SCRYPT)
         key = ec.derive_private_key(int.from_bytes(derived, "big") % (_ORDER - 1) + 1, _CURVE)
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Tidings cluster")])
+        # A name for each: TLS looks for a leaf's issuer by its name, and takes the first that it finds.
+        number = hashlib.sha256(
+            key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        ).hexdigest()[:16]
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Tidings cluster {number}")])
         certificate = _builder(name, name, key.public_key(), serial=1, authority=True).sign(key, hashes.SHA256())
         return cls(certificate, key)
 

@@ -23,6 +23,7 @@ STATUS: dict[int, grpc.StatusCode] = {
     ErrorReason.ERROR_REASON_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     ErrorReason.ERROR_REASON_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
     ErrorReason.ERROR_REASON_DOMAIN_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
+    ErrorReason.ERROR_REASON_STALE_EPOCH: grpc.StatusCode.FAILED_PRECONDITION,
     ErrorReason.ERROR_REASON_NOT_SERVING: grpc.StatusCode.UNAVAILABLE,
 }
 

@@ -43,6 +43,8 @@ class RawClient:
         self.header: dict[str, str] = {}
         self.error: Tree | None = None
         self.footer = False
+        # The connection is gone, as far as its user has noticed.
+        self.lost = False
         self._reader: asyncio.StreamReader = None  # type: ignore[assignment]
         self._writer: asyncio.StreamWriter = None  # type: ignore[assignment]
         self._elements: list[Tree] = []

@@ -35,6 +35,9 @@ from lxml import etree
 from tidings.testing.client import Closed, RawClient, show
 from tidings.testing.server import Installation
 
+# Through how many routers one after the other an effect may go: a stanza, what it brings about, and the answer.
+HOPS = 3
+
 _NAME = re.compile(r"\{([a-z0-9]+)(\.[a-z]+)?\}")
 
 
@@ -159,6 +162,31 @@ class Stage:
                     client.put_back(await client.ping())
                 except (Closed, ConnectionError):
                     continue
+        if len(self._installation.client_addresses) > 1:
+            for _ in range(HOPS):
+                await self._exchange()
+
+    async def _exchange(self) -> None:
+        """Everybody writes to everybody: what went the same way before has arrived then. An effect may have to go
+        several ways, one after the other, so this is done HOPS times."""
+        there = [client for client in self._clients.values() if not client.footer and not client.lost]
+        for sender in there:
+            for receiver in there:
+                # A headline reaches a full JID whatever its presence, and nothing comes back when it does not.
+                await sender.send(f"<message type='headline' to='{receiver.jid}'><settle xmlns='t'/></message>")
+        for client in there:
+            waiting = {sender.jid for sender in there}
+            kept = []
+            try:
+                while waiting:
+                    tree = await client.element()
+                    if len(tree) and tree[0].tag == "{t}settle":
+                        waiting.discard(tree.get("from") or "")
+                    else:
+                        kept.append(tree)
+            except Closed:
+                client.lost = True
+            client.put_back(kept)
 
     async def _receive(self, client: RawClient, text: str, rest: list[str]) -> None:
         wanted = list(etree.fromstring(f"<w xmlns='jabber:client'>{text}</w>"))

@@ -50,43 +50,73 @@ class Installation:
     database: str = ""
     # The strategy by which its routers share users; '' for the default.
     strategy: str = ""
+    # How many nodes (each with all services) share the database; with several it must be one that can be shared.
+    nodes: int = 1
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    addresses: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.address = "127.0.0.1" if self.way != PROCESSES else "127.0.0.14"
-        self.router_address = "127.0.0.1" if self.way != PROCESSES else "127.0.0.12"
-        self.registry_address = "127.0.0.1" if self.way != PROCESSES else "127.0.0.11"
+        self.address = self.address_of(0, "connector")
+        self.router_address = self.address_of(0, "router")
+        self.registry_address = self.address_of(0, "registry")
         # Where clients can connect: one address for each node with a connector.
-        self.client_addresses = [self.address]
+        self.client_addresses = [self.address_of(node, "connector") for node in range(self.nodes)]
         self.port = free_port(self.address)
         self.tls_port = free_port(self.address)
         self.cluster_port = free_port("127.0.0.1")
         self.admin_port = free_port("127.0.0.1")
 
+    def address_of(self, node: int, service: str) -> str:
+        """Where a service of a node listens. Nothing is shared between nodes but the database."""
+        if self.way == PROCESSES:
+            return f"127.0.{node}.{11 + SERVICES.index(service)}"
+        return "127.0.0.1" if self.nodes == 1 else f"127.0.0.{11 + node}"
+
+    def name_of(self, node: int, service: str = "") -> str:
+        """The process of a node, or of one of its services."""
+        if self.nodes == 1:
+            return service or "all"
+        return f"n{node + 1}-{service}" if service else f"n{node + 1}"
+
     # --- life ---
 
     def start(self) -> None:
-        if self.way == PROCESSES:
-            registry = f"--registry={self.registry_address}:{self.cluster_port}"
-            for number, service in enumerate(SERVICES, 11):
-                extra = [] if service == "registry" else [registry]
-                if self.database and service in ("registry", "router"):
-                    extra += ["--user-db=mysql", f"--user-db-uri={self.database}"]
-                self.spawn(service, [service, f"--bind-address=127.0.0.{number}", *extra])
-            for service in SERVICES:
-                self.wait(service)
-        else:
-            extra = ["--in-process=false"] if self.way == LOOPBACK else []
-            if self.database:
-                extra += ["--user-db=mysql", f"--user-db-uri={self.database}"]
-            self.spawn("all", ["--bind-address=127.0.0.1", *extra])
-            self.wait("all")
+        for node in range(self.nodes):
+            self.start_node(node)
+        for node in range(self.nodes):
+            self.wait_node(node)
 
-    def arguments(self) -> list[str]:
-        """The options that all its processes, and commands, have in common."""
+    def start_node(self, node: int) -> None:
+        """Starts the processes of one node."""
+        if self.way != PROCESSES:
+            extra = ["--in-process=false"] if self.way == LOOPBACK else []
+            self._spawn_node(node, "", [f"--bind-address={self.address_of(node, 'connector')}", *extra])
+            return
+        for service in SERVICES:
+            self.start_service(node, service)
+
+    def start_service(self, node: int, service: str) -> None:
+        """Starts one service of a node, where each is a process."""
+        registry = f"--registry={self.address_of(node, 'registry')}:{self.cluster_port}"
+        extra = [] if service == "registry" else [registry]
+        self._spawn_node(node, service, [service, f"--bind-address={self.address_of(node, service)}", *extra])
+
+    def _spawn_node(self, node: int, service: str, words: list[str]) -> None:
+        if self.database and service in ("", "registry", "router"):
+            words += ["--user-db=mysql", f"--user-db-uri={self.database}"]
+        if self.nodes > 1:
+            words.append(f"--cluster-hostname={self.name_of(node, service)}.test")
+            if service in ("", "registry", "router"):
+                words.append("--cluster-mode=true")
+        self.spawn(self.name_of(node, service), words, node)
+
+    def wait_node(self, node: int) -> None:
+        for service in SERVICES if self.way == PROCESSES else ("",):
+            self.wait(self.name_of(node, service))
+
+    def arguments(self, node: int = 0) -> list[str]:
+        """The options that all processes of a node, and commands, have in common."""
         return [
-            f"--data-dir={self.folder / 'data'}",
+            f"--data-dir={self.folder / (f'data{node}' if node else 'data')}",
             f"--virt-hosts={self.hosts}",
             f"--c2s-ports={self.port}",
             f"--c2s-tls-ports={self.tls_port}",
@@ -96,11 +126,11 @@ class Installation:
             *self.options,
         ]
 
-    def spawn(self, name: str, words: Sequence[str]) -> None:
+    def spawn(self, name: str, words: Sequence[str], node: int = 0) -> None:
         admin = f"--admin-port={self.admin_port}" if name == "all" else "--admin-port=0"
         log = (self.folder / f"{name}.log").open("ab")
         self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "tidings", "run", *words, *self.arguments(), admin, "--log-format=json"],
+            [sys.executable, "-m", "tidings", "run", *words, *self.arguments(node), admin, "--log-format=json"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=self.environment(),
         )  # fmt: skip
         log.close()

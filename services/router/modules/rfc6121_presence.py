@@ -25,6 +25,7 @@ def load(module: Module) -> None:
     module.on_sent(PRESENCE, presence.sent)
     module.on_received(PRESENCE, presence.received)
     module.on_session_ended(presence.ended)
+    module.on_note(presence.noted)
 
 
 MODULE = ModuleSpec("presence", load, xep="RFC 6121", version="3-4", needs=("roster",))
@@ -73,6 +74,7 @@ class _Presence:
             for other in list(self._router.sessions(session.account).values()):
                 if other is not session and other.presence is not None:
                     self._to_session(session, other.jid, other.presence, "")
+            self._module.tell(session.account, b"show " + str(session.jid).encode())
             for item in roster.items.values():
                 if seen_by_us(item.subscription):
                     # 4.2.2, 4.3.1: a probe on behalf of the new session.
@@ -129,6 +131,8 @@ class _Presence:
         for other in list(self._router.sessions(session.account).values()):
             if other.presence is not None or other is session:
                 self._to_session(other, session.jid, raw, type_)
+        own = Envelope(type=type_, from_jid=str(session.jid), stanza=raw)
+        self._module.tell(session.account, b"own " + own.SerializeToString())
 
     # --- subscriptions that the user changes ---
 
@@ -203,9 +207,8 @@ class _Presence:
                 return True  # strangers can't fill a roster; they hear nothing, as from nobody
         await self._write(account, item, changed)
         if step.passed:
-            for session in list(self._router.sessions(str(account)).values()):
-                if session.presence is not None:
-                    self._router.deliver(session, stanza.envelope)
+            self._to_available(account, stanza.envelope)
+            self._module.tell(str(account), b"deliver " + stanza.envelope.SerializeToString())
         if type_ == "unsubscribe" and sees_us(before.subscription):
             self._tell_unavailable(account, contact)
         return True
@@ -222,13 +225,44 @@ class _Presence:
             if item is None or not sees_us(item.subscription):
                 self._route(account, str(asker.bare), "unsubscribed")
                 return True
+        shown = self._show(account, str(asker))
+        elsewhere = await self._module.ask(str(account), b"show " + str(asker).encode())
+        if not shown and not elsewhere:
+            self._route(account, str(asker), "unavailable")
+        return True
+
+    # --- what the same module in other routers says ---
+
+    def noted(self, account: Jid, note: bytes) -> bytes | None:
+        """For the sessions of an account that are here."""
+        verb, _, rest = note.partition(b" ")
+        if verb == b"show":
+            return b"" if self._show(account, rest.decode()) else None
+        if verb in (b"tell", b"hide"):
+            contact = Jid.parse(rest.decode())
+            (self._sessions_show if verb == b"tell" else self._sessions_hide)(account, contact)
+        elif verb == b"deliver":
+            self._to_available(account, Envelope.FromString(rest))
+        elif verb == b"own":
+            own = Envelope.FromString(rest)
+            for session in list(self._router.sessions(str(account)).values()):
+                if session.presence is not None:
+                    self._to_session(session, Jid.parse(own.from_jid), own.stanza, own.type)
+        return b""
+
+    def _show(self, account: Jid, asker: str) -> bool:
+        """Sends the presence of the sessions here to somebody; whether there were any."""
         available = [s for s in self._router.sessions(str(account)).values() if s.presence is not None]
         for session in available:
             assert session.presence is not None
-            self._route(session.jid, str(asker), "", session.presence)
-        if not available:
-            self._route(account, str(asker), "unavailable")
-        return True
+            if str(session.jid) != asker:
+                self._route(session.jid, asker, "", session.presence)
+        return bool(available)
+
+    def _to_available(self, account: Jid, envelope: Envelope) -> None:
+        for session in list(self._router.sessions(str(account)).values()):
+            if session.presence is not None:
+                self._router.deliver(session, envelope)
 
     # --- helping each other ---
 
@@ -246,12 +280,20 @@ class _Presence:
 
     def _tell_presence(self, account: Jid, contact: Jid) -> None:
         """3.1.5: who may see us now gets our presence."""
+        self._sessions_show(account, contact)
+        self._module.tell(str(account), b"tell " + str(contact).encode())
+
+    def _sessions_show(self, account: Jid, contact: Jid) -> None:
         for session in list(self._router.sessions(str(account)).values()):
             if session.presence is not None:
                 self._route(session.jid, str(contact), "", session.presence)
 
     def _tell_unavailable(self, account: Jid, contact: Jid) -> None:
         """3.2.2, 3.3.3: who may see us no longer is told that we are gone."""
+        self._sessions_hide(account, contact)
+        self._module.tell(str(account), b"hide " + str(contact).encode())
+
+    def _sessions_hide(self, account: Jid, contact: Jid) -> None:
         for session in list(self._router.sessions(str(account)).values()):
             if session.presence is not None:
                 self._route(session.jid, str(contact), "unavailable")

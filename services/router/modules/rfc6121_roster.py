@@ -34,6 +34,8 @@ def load(module: Module) -> None:
     module.on_iq(QUERY, roster.get, types=("get",), where=(Where.ACCOUNT, Where.SERVER))
     module.on_iq(QUERY, roster.set, types=("set",), where=(Where.ACCOUNT, Where.SERVER))
     module.on_session_ended(roster.session_ended)
+    module.on_session_left(lambda session: roster.session_ended(session, False))
+    module.on_note(roster.noted)
     module.on_account_deleted(roster.account_deleted)
 
 
@@ -120,6 +122,7 @@ class _Roster:
             for session in self._router.sessions(str(account)).values():
                 if session.presence is not None:
                     self._send(session.jid, item.contact, "unavailable")
+            self._router.tell("presence", str(account), b"hide " + item.contact.encode())
 
     def _send(self, from_: Jid, to: str, type_: str) -> None:
         raw = f"<presence from={quoteattr(str(from_))} to={quoteattr(to)} type='{type_}'/>"
@@ -145,7 +148,11 @@ class _Roster:
                 self._send(account, item.contact, "unsubscribe")
             if sees_us(item.subscription) or item.pending_in:
                 self._send(account, item.contact, "unsubscribed")
-        await self._rosters.delete(account)
+        await self._rosters.delete(account, self._router)
+
+    def noted(self, account: Jid, note: bytes) -> bytes:
+        """Another router has changed the roster of an account that may have sessions here."""
+        return self._rosters.noted(account, note, self._router)
 
 
 def _groups(item: etree._Element) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from services.router.subscription import sees_us
 from tidings.kit.module import Module, ModuleSpec, Stanza, Where
 from tidings.xmpp import ns
 from tidings.xmpp.errors import StanzaError
+from tidings.xmpp.jid import Jid
 from tidings.xmpp.stanza import attribute, quoteattr
 
 
@@ -20,6 +21,7 @@ def load(module: Module) -> None:
     module.on_iq(items, disco.server_items, types=("get",))
     module.on_iq(info, disco.account_info, types=("get",), where=(Where.ACCOUNT,))
     module.on_iq(items, disco.account_items, types=("get",), where=(Where.ACCOUNT,))
+    module.on_note(disco.noted)
 
 
 MODULE = ModuleSpec("disco", load, xep="XEP-0030", version="2.5rc3", needs=("roster",))
@@ -54,12 +56,20 @@ class _Disco:
         """Section 4.1 with RFC 6121 8.5: an account's items are the sessions that the asker may see."""
         await self._check_may_ask(iq)
         _no_node(iq)
-        listed = "".join(
+        account = str(iq.to.bare)
+        listed = b"".join((self._listed(account), *await self._module.ask(account, b"")))
+        return b"<query xmlns='%b'>%b</query>" % (ns.DISCO_ITEMS.encode(), listed)
+
+    def noted(self, account: Jid, _note: bytes) -> bytes:
+        return self._listed(str(account))
+
+    def _listed(self, account: str) -> bytes:
+        """The items of the sessions here."""
+        return "".join(
             f"<item jid={quoteattr(str(session.jid))}/>"
-            for session in self._module.router.sessions(str(iq.to.bare)).values()
+            for session in self._module.router.sessions(account).values()
             if session.presence is not None
-        )
-        return f"<query xmlns='{ns.DISCO_ITEMS}'>{listed}</query>".encode()
+        ).encode()
 
     async def _check_may_ask(self, iq: Stanza) -> None:
         """Section 8: strangers learn nothing, not even whether the account exists."""

@@ -28,6 +28,7 @@ def load(module: Module) -> None:
     module.on_undelivered(offline.undelivered)
     module.on_session_available(offline.available)
     module.on_account_deleted(offline.account_deleted)
+    module.on_note(offline.noted)
 
 
 MODULE = ModuleSpec("offline", load, xep="XEP-0160", version="1.0.1")
@@ -63,12 +64,18 @@ class _Offline:
             origin=envelope.origin,
             number=envelope.number,
         )
-        # A session may have come while the message was being written, and read before it.
+        # A session may have come while the message was being written, and read before it; here or elsewhere.
+        if await self.noted(account, b"") is None:
+            self._module.tell(str(account), b"")
+        return True
+
+    async def noted(self, account: Jid, _note: bytes) -> bytes | None:
+        """A message has been stored: whoever has come meanwhile gets it."""
         for session in list(self._router.sessions(str(account)).values()):
             if session.presence is not None and session.priority >= 0:
                 await self._module.announce_available(session)
-                break
-        return True
+                return b""
+        return None
 
     async def available(self, session: Session) -> None:
         """3.1: all that waits, in order, before anything newer."""

@@ -46,6 +46,8 @@ WHO = {
     "RegistryService/ReportUnreachable": ANY_NODE,
     "RouterService/Attach": {"connector"},
     "RouterService/Forward": {"router"},
+    "RouterService/AdoptSession": {"router"},
+    "RouterService/EndSession": {"router"},
     "AccountService/CreateAccount": {"client"},
     "AccountService/SetPassword": {"client"},
     "AccountService/DeleteAccount": {"client"},

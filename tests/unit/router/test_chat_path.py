@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from services.router import component_links, delivery, routing, sessions
+from services.router.app import StrategyContext
 from services.router.routing import Routing
 from services.router.sessions import Session, Sessions
-from services.router.store_memory import MemoryAccountStore
+from services.router.store_memory import MemoryAccountStore, MemorySessionTable
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.cluster.forwarding import Forwarder
+from tidings.cluster.strategies.home import Home
 from tidings.kit import module as module_kit
 from tidings.kit.module import MESSAGE, Hooks
 from tidings.xmpp import stanza
@@ -17,6 +22,8 @@ from tidings.xmpp.jid import Jid
 
 class Link:
     """Takes what is written to sessions."""
+
+    incarnation = "c1"
 
     def __init__(self) -> None:
         self.written: list[tuple[str, bytes]] = []
@@ -39,9 +46,11 @@ def test_a_chat_message_passes_without_a_tree(monkeypatch: pytest.MonkeyPatch) -
     def spawn(*_: object) -> None:
         raise AssertionError("something had to be waited for")
 
-    routes = Routing(
-        hosts, known, Hooks(), MemoryAccountStore(), component_links.ComponentLinks(hosts, lambda _: ()), spawn
-    )
+    components = component_links.ComponentLinks(hosts, lambda _: ())
+    links: Any = None  # there is no other router
+    routes = Routing(hosts, known, Hooks(), MemoryAccountStore(), components, MemorySessionTable(), links, spawn)
+    strategy = Home("r1", StrategyContext(routes, known))
+    routes.start(strategy, Forwarder(strategy, routes))
     romeo, juliet = (
         Session(Jid.parse(f"{name}@example.org/r"), "en", link, number, spawn)  # type: ignore[arg-type]
         for number, name in enumerate(("romeo", "juliet"))

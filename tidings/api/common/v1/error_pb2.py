@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tidings/api/common/v1/error.proto\x12\x15tidings.api.common.v1\"\xc7\x01\n\x0b\x45rrorDetail\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".tidings.api.common.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x42\n\x08metadata\x18\x03 \x03(\x0b\x32\x30.tidings.api.common.v1.ErrorDetail.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xa2\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45RROR_REASON_BAD_REQUEST\x10\x01\x12\x1c\n\x18\x45RROR_REASON_NOT_ALLOWED\x10\x02\x12\x1d\n\x19\x45RROR_REASON_NOT_A_MEMBER\x10\x03\x12\x1b\n\x17\x45RROR_REASON_NAME_TAKEN\x10\x04\x12%\n!ERROR_REASON_VIRTUAL_HOSTS_DIFFER\x10\x05\x12!\n\x1d\x45RROR_REASON_STRATEGY_DIFFERS\x10\x06\x12!\n\x1d\x45RROR_REASON_PROTOCOL_DIFFERS\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_DATABASE_AWAY\x10\x08\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\t\x12\x17\n\x13\x45RROR_REASON_EXISTS\x10\n\x12\x1d\n\x19\x45RROR_REASON_DOMAIN_TAKEN\x10\x0b\x12\x1c\n\x18\x45RROR_REASON_NOT_SERVING\x10\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tidings/api/common/v1/error.proto\x12\x15tidings.api.common.v1\"\xc7\x01\n\x0b\x45rrorDetail\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".tidings.api.common.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x42\n\x08metadata\x18\x03 \x03(\x0b\x32\x30.tidings.api.common.v1.ErrorDetail.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xc0\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45RROR_REASON_BAD_REQUEST\x10\x01\x12\x1c\n\x18\x45RROR_REASON_NOT_ALLOWED\x10\x02\x12\x1d\n\x19\x45RROR_REASON_NOT_A_MEMBER\x10\x03\x12\x1b\n\x17\x45RROR_REASON_NAME_TAKEN\x10\x04\x12%\n!ERROR_REASON_VIRTUAL_HOSTS_DIFFER\x10\x05\x12!\n\x1d\x45RROR_REASON_STRATEGY_DIFFERS\x10\x06\x12!\n\x1d\x45RROR_REASON_PROTOCOL_DIFFERS\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_DATABASE_AWAY\x10\x08\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\t\x12\x17\n\x13\x45RROR_REASON_EXISTS\x10\n\x12\x1d\n\x19\x45RROR_REASON_DOMAIN_TAKEN\x10\x0b\x12\x1c\n\x18\x45RROR_REASON_NOT_SERVING\x10\x0c\x12\x1c\n\x18\x45RROR_REASON_STALE_EPOCH\x10\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ERRORDETAIL_METADATAENTRY']._loaded_options = None
   _globals['_ERRORDETAIL_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_ERRORREASON']._serialized_start=263
-  _globals['_ERRORREASON']._serialized_end=681
+  _globals['_ERRORREASON']._serialized_end=711
   _globals['_ERRORDETAIL']._serialized_start=61
   _globals['_ERRORDETAIL']._serialized_end=260
   _globals['_ERRORDETAIL_METADATAENTRY']._serialized_start=213

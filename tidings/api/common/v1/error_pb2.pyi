@@ -50,6 +50,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """The domain is a virtual host, or another component holds it. ALREADY_EXISTS."""
     ERROR_REASON_NOT_SERVING: _ErrorReason.ValueType  # 12
     """The service is starting, draining or stopping; another instance may take the call. UNAVAILABLE."""
+    ERROR_REASON_STALE_EPOCH: _ErrorReason.ValueType  # 13
+    """Somebody else owns the session by now. FAILED_PRECONDITION."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper): ...
 
@@ -78,6 +80,8 @@ ERROR_REASON_DOMAIN_TAKEN: ErrorReason.ValueType  # 11
 """The domain is a virtual host, or another component holds it. ALREADY_EXISTS."""
 ERROR_REASON_NOT_SERVING: ErrorReason.ValueType  # 12
 """The service is starting, draining or stopping; another instance may take the call. UNAVAILABLE."""
+ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 13
+"""Somebody else owns the session by now. FAILED_PRECONDITION."""
 global___ErrorReason = ErrorReason
 
 @typing.final

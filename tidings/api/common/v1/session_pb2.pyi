@@ -53,6 +53,8 @@ class SessionRecord(google.protobuf.message.Message):
     RESUME_SECONDS_FIELD_NUMBER: builtins.int
     CONNECTOR_INCARNATION_FIELD_NUMBER: builtins.int
     COPY_INCARNATIONS_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    ASKED_FIELD_NUMBER: builtins.int
     BOSH_FIELD_NUMBER: builtins.int
     id: builtins.str
     """128 random bits, URL-safe base64: unguessable, for it is also what resumption asks for."""
@@ -71,6 +73,8 @@ class SessionRecord(google.protobuf.message.Message):
     """Seconds for which it waits for its client; 0: it ends with its stream."""
     connector_incarnation: builtins.str
     """The incarnations of the nodes that hold the stream, and a copy."""
+    number: builtins.int
+    """The last number given to a stanza that the session sent."""
     @property
     def unacknowledged(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]:
         """What the client has not acknowledged, of every kind, by rising `delivery`."""
@@ -96,6 +100,10 @@ class SessionRecord(google.protobuf.message.Message):
     @property
     def copy_incarnations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
+    def asked(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AskedIq]:
+        """IQ requests of the session that wait for an answer."""
+
+    @property
     def bosh(self) -> global___BoshWindow:
         """XEP-0124: what a BOSH session must remember to answer a repeated request alike from any connector."""
 
@@ -118,12 +126,38 @@ class SessionRecord(google.protobuf.message.Message):
         resume_seconds: builtins.int = ...,
         connector_incarnation: builtins.str = ...,
         copy_incarnations: collections.abc.Iterable[builtins.str] | None = ...,
+        number: builtins.int = ...,
+        asked: collections.abc.Iterable[global___AskedIq] | None = ...,
         bosh: global___BoshWindow | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["bosh", b"bosh", "flags", b"flags", "presence", b"presence"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "presence", b"presence", "resume_seconds", b"resume_seconds", "sent", b"sent", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "number", b"number", "presence", b"presence", "resume_seconds", b"resume_seconds", "sent", b"sent", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed"]) -> None: ...
 
 global___SessionRecord = SessionRecord
+
+@typing.final
+class AskedIq(google.protobuf.message.Message):
+    """An IQ request on its way: who asks gets one answer, or one error when its time is over."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TO_JID_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    LEFT_FIELD_NUMBER: builtins.int
+    to_jid: builtins.str
+    id: builtins.str
+    left: builtins.float
+    """Seconds that are left; a duration, because no two clocks are compared."""
+    def __init__(
+        self,
+        *,
+        to_jid: builtins.str = ...,
+        id: builtins.str = ...,
+        left: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "left", b"left", "to_jid", b"to_jid"]) -> None: ...
+
+global___AskedIq = AskedIq
 
 @typing.final
 class SessionFlags(google.protobuf.message.Message):
@@ -213,12 +247,17 @@ class Ticket(google.protobuf.message.Message):
     ACCOUNT_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     CONNECTOR_INCARNATION_FIELD_NUMBER: builtins.int
+    MOVES_FIELD_NUMBER: builtins.int
     session: builtins.str
     account: builtins.str
     """The bare JID of the account."""
     epoch: builtins.int
     connector_incarnation: builtins.str
     """Good in the hands of this start of a connector alone."""
+    moves: builtins.int
+    """How often the stream has been sent on to another router before it was bound; stops a circle of routers
+    whose views differ.
+    """
     def __init__(
         self,
         *,
@@ -226,7 +265,8 @@ class Ticket(google.protobuf.message.Message):
         account: builtins.str = ...,
         epoch: builtins.int = ...,
         connector_incarnation: builtins.str = ...,
+        moves: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["account", b"account", "connector_incarnation", b"connector_incarnation", "epoch", b"epoch", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["account", b"account", "connector_incarnation", b"connector_incarnation", "epoch", b"epoch", "moves", b"moves", "session", b"session"]) -> None: ...
 
 global___Ticket = Ticket

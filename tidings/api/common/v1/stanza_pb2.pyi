@@ -19,6 +19,43 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _Forwarding:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ForwardingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Forwarding.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FORWARDING_UNSPECIFIED: _Forwarding.ValueType  # 0
+    FORWARDING_DECIDE: _Forwarding.ValueType  # 1
+    """The receiver applies all rules of the account: it is the one that decides."""
+    FORWARDING_SESSIONS: _Forwarding.ValueType  # 2
+    """The sender decides; the receiver gives it to those of its sessions that RFC 6121 8.5 names, and refuses
+    it when there are none.
+    """
+    FORWARDING_NOTE: _Forwarding.ValueType  # 3
+    """For a module of the receiver: `children` has the module's name, `stanza` the content, which is no
+    stanza. Refused when it has nothing to do with it.
+    """
+    FORWARDING_STRATEGY: _Forwarding.ValueType  # 4
+    """For the strategy of the receiver: `stanza` is its content."""
+
+class Forwarding(_Forwarding, metaclass=_ForwardingEnumTypeWrapper): ...
+
+FORWARDING_UNSPECIFIED: Forwarding.ValueType  # 0
+FORWARDING_DECIDE: Forwarding.ValueType  # 1
+"""The receiver applies all rules of the account: it is the one that decides."""
+FORWARDING_SESSIONS: Forwarding.ValueType  # 2
+"""The sender decides; the receiver gives it to those of its sessions that RFC 6121 8.5 names, and refuses
+it when there are none.
+"""
+FORWARDING_NOTE: Forwarding.ValueType  # 3
+"""For a module of the receiver: `children` has the module's name, `stanza` the content, which is no
+stanza. Refused when it has nothing to do with it.
+"""
+FORWARDING_STRATEGY: Forwarding.ValueType  # 4
+"""For the strategy of the receiver: `stanza` is its content."""
+global___Forwarding = Forwarding
+
 class _StanzaKind:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -97,6 +134,9 @@ class Envelope(google.protobuf.message.Message):
     TRACE_CONTEXT_FIELD_NUMBER: builtins.int
     STANZA_FIELD_NUMBER: builtins.int
     FEED_FIELD_NUMBER: builtins.int
+    FORWARDING_FIELD_NUMBER: builtins.int
+    REFUSALS_SEEN_FIELD_NUMBER: builtins.int
+    PROMPT_FIELD_NUMBER: builtins.int
     origin: builtins.str
     """Who sent it: the session id, or the instance id of a component. Unset: a service itself."""
     origin_epoch: builtins.int
@@ -136,6 +176,15 @@ class Envelope(google.protobuf.message.Message):
     """Set on copies that a component asked for (component.v1 Registration.feeds); such a copy is for
     information and MUST NOT be answered.
     """
+    forwarding: global___Forwarding.ValueType
+    """What a router that gets it from another router does with it; unset outside router.v1 Forward."""
+    refusals_seen: builtins.int
+    """Between routers: how many refusals of the receiver its sender had taken when it sent this. A router that
+    has refused one of a flow (bare sender to bare receiver) refuses those behind it too, until one comes
+    whose sender knew of it: so nothing overtakes.
+    """
+    prompt: builtins.bool
+    """Between routers: the sender waits for the answer; without it an answer that says only "taken" is not sent."""
     @property
     def children(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The names of the top-level children: the plain local name in jabber:client, `{namespace}name` else."""
@@ -166,8 +215,11 @@ class Envelope(google.protobuf.message.Message):
         trace_context: builtins.str = ...,
         stanza: builtins.bytes = ...,
         feed: global___Feed.ValueType = ...,
+        forwarding: global___Forwarding.ValueType = ...,
+        refusals_seen: builtins.int = ...,
+        prompt: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "from_jid", b"from_jid", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "received_unix_ms", b"received_unix_ms", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to_jid", b"to_jid", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "forwarding", b"forwarding", "from_jid", b"from_jid", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "prompt", b"prompt", "received_unix_ms", b"received_unix_ms", "refusals_seen", b"refusals_seen", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to_jid", b"to_jid", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
 
 global___Envelope = Envelope
 

@@ -91,12 +91,15 @@ class BeatRequest(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     CPU_USAGE_FIELD_NUMBER: builtins.int
     MEM_USAGE_FIELD_NUMBER: builtins.int
+    CLEANED_THROUGH_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     incarnation: builtins.str
     state: tidings.api.common.v1.node_pb2.NodeState.ValueType
     """JOINING, UP or DRAINING: a node never calls itself suspect or failed."""
     cpu_usage: builtins.float
     mem_usage: builtins.float
+    cleaned_through: builtins.int
+    """The view up to which the caller has cleaned up after nodes that failed."""
     def __init__(
         self,
         *,
@@ -105,8 +108,9 @@ class BeatRequest(google.protobuf.message.Message):
         state: tidings.api.common.v1.node_pb2.NodeState.ValueType = ...,
         cpu_usage: builtins.float = ...,
         mem_usage: builtins.float = ...,
+        cleaned_through: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cpu_usage", b"cpu_usage", "hostname", b"hostname", "incarnation", b"incarnation", "mem_usage", b"mem_usage", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cleaned_through", b"cleaned_through", "cpu_usage", b"cpu_usage", "hostname", b"hostname", "incarnation", b"incarnation", "mem_usage", b"mem_usage", "state", b"state"]) -> None: ...
 
 global___BeatRequest = BeatRequest
 

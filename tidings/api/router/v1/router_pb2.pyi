@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import sys
+import tidings.api.common.v1.session_pb2
 import tidings.api.common.v1.stanza_pb2
 import typing
 
@@ -193,6 +194,8 @@ class StreamEvent(google.protobuf.message.Message):
     SASL_ABORT_FIELD_NUMBER: builtins.int
     STANZA_FIELD_NUMBER: builtins.int
     CLOSED_FIELD_NUMBER: builtins.int
+    MOVE_READY_FIELD_NUMBER: builtins.int
+    ATTACH_FIELD_NUMBER: builtins.int
     stream: builtins.int
     """The number of the stream at its connector, never used twice in an incarnation."""
     position: builtins.int
@@ -213,6 +216,14 @@ class StreamEvent(google.protobuf.message.Message):
 
     @property
     def closed(self) -> global___StreamClosed: ...
+    @property
+    def move_ready(self) -> global___MoveReady:
+        """The answer to `prepare_move`: all that the stream sent goes before it; what follows waits for `moved`."""
+
+    @property
+    def attach(self) -> global___SessionAttach:
+        """The stream of a session that this router has adopted."""
+
     def __init__(
         self,
         *,
@@ -224,12 +235,40 @@ class StreamEvent(google.protobuf.message.Message):
         sasl_abort: global___SaslAbort | None = ...,
         stanza: tidings.api.common.v1.stanza_pb2.Envelope | None = ...,
         closed: global___StreamClosed | None = ...,
+        move_ready: global___MoveReady | None = ...,
+        attach: global___SessionAttach | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["closed", b"closed", "event", b"event", "opened", b"opened", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["closed", b"closed", "event", b"event", "opened", b"opened", "position", b"position", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza", "stream", b"stream"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["opened", "sasl_initiate", "sasl_response", "sasl_abort", "stanza", "closed"] | None: ...
+    def HasField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "move_ready", b"move_ready", "opened", b"opened", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "move_ready", b"move_ready", "opened", b"opened", "position", b"position", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza", "stream", b"stream"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["opened", "sasl_initiate", "sasl_response", "sasl_abort", "stanza", "closed", "move_ready", "attach"] | None: ...
 
 global___StreamEvent = StreamEvent
+
+@typing.final
+class MoveReady(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___MoveReady = MoveReady
+
+@typing.final
+class SessionAttach(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: builtins.int
+    ticket: builtins.bytes
+    """As SessionBound and Moved had it."""
+    def __init__(
+        self,
+        *,
+        ticket: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ticket", b"ticket"]) -> None: ...
+
+global___SessionAttach = SessionAttach
 
 @typing.final
 class StreamOpened(google.protobuf.message.Message):
@@ -243,6 +282,7 @@ class StreamOpened(google.protobuf.message.Message):
     REMOTE_ADDRESS_FIELD_NUMBER: builtins.int
     TLS_FIELD_NUMBER: builtins.int
     STREAM_ID_FIELD_NUMBER: builtins.int
+    TICKET_FIELD_NUMBER: builtins.int
     host: builtins.str
     """The virtual host that the header names."""
     lang: builtins.str
@@ -251,6 +291,8 @@ class StreamOpened(google.protobuf.message.Message):
     """The client's address and port, as text, for limits and logs."""
     stream_id: builtins.str
     """The `id` of the stream header that the connector sent."""
+    ticket: builtins.bytes
+    """A sealed Ticket without a session: another router has authenticated the stream as its account."""
     @property
     def tls(self) -> global___TlsInfo:
         """Unset when the stream is not encrypted."""
@@ -264,9 +306,10 @@ class StreamOpened(google.protobuf.message.Message):
         remote_address: builtins.str = ...,
         tls: global___TlsInfo | None = ...,
         stream_id: builtins.str = ...,
+        ticket: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["tls", b"tls"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["host", b"host", "lang", b"lang", "remote_address", b"remote_address", "stream_id", b"stream_id", "tls", b"tls", "transport", b"transport"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["host", b"host", "lang", b"lang", "remote_address", b"remote_address", "stream_id", b"stream_id", "ticket", b"ticket", "tls", b"tls", "transport", b"transport"]) -> None: ...
 
 global___StreamOpened = StreamOpened
 
@@ -384,6 +427,8 @@ class StreamCommand(google.protobuf.message.Message):
     SESSION_BOUND_FIELD_NUMBER: builtins.int
     CLOSE_FIELD_NUMBER: builtins.int
     SET_READING_FIELD_NUMBER: builtins.int
+    PREPARE_MOVE_FIELD_NUMBER: builtins.int
+    MOVED_FIELD_NUMBER: builtins.int
     stream: builtins.int
     position: builtins.int
     """How many envelopes of this batch go before it."""
@@ -403,6 +448,10 @@ class StreamCommand(google.protobuf.message.Message):
     def close(self) -> global___CloseStream: ...
     @property
     def set_reading(self) -> global___SetReading: ...
+    @property
+    def prepare_move(self) -> global___PrepareMove: ...
+    @property
+    def moved(self) -> global___Moved: ...
     def __init__(
         self,
         *,
@@ -416,12 +465,53 @@ class StreamCommand(google.protobuf.message.Message):
         session_bound: global___SessionBound | None = ...,
         close: global___CloseStream | None = ...,
         set_reading: global___SetReading | None = ...,
+        prepare_move: global___PrepareMove | None = ...,
+        moved: global___Moved | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "position", b"position", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading", "stream", b"stream"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["features", "sasl_challenge", "sasl_success", "sasl_failure", "element", "session_bound", "close", "set_reading"] | None: ...
+    def HasField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "moved", b"moved", "prepare_move", b"prepare_move", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "moved", b"moved", "position", b"position", "prepare_move", b"prepare_move", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading", "stream", b"stream"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["features", "sasl_challenge", "sasl_success", "sasl_failure", "element", "session_bound", "close", "set_reading", "prepare_move", "moved"] | None: ...
 
 global___StreamCommand = StreamCommand
+
+@typing.final
+class PrepareMove(google.protobuf.message.Message):
+    """The stream's session is about to move: the connector answers with `move_ready` and holds back what follows."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___PrepareMove = PrepareMove
+
+@typing.final
+class Moved(google.protobuf.message.Message):
+    """Another router serves this stream from here on. For a bound stream the connector sends it `attach` with the
+    ticket and goes on there; for another one `opened` with the ticket.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUTER_INCARNATION_FIELD_NUMBER: builtins.int
+    VIEW_VERSION_FIELD_NUMBER: builtins.int
+    TICKET_FIELD_NUMBER: builtins.int
+    router_incarnation: builtins.str
+    view_version: builtins.int
+    """The router may be in this view only."""
+    ticket: builtins.bytes
+    """A sealed Ticket. Empty: the move did not come about, the stream goes on as before."""
+    def __init__(
+        self,
+        *,
+        router_incarnation: builtins.str = ...,
+        view_version: builtins.int = ...,
+        ticket: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["router_incarnation", b"router_incarnation", "ticket", b"ticket", "view_version", b"view_version"]) -> None: ...
+
+global___Moved = Moved
 
 @typing.final
 class Features(google.protobuf.message.Message):
@@ -584,11 +674,15 @@ class ForwardRequest(google.protobuf.message.Message):
     HELLO_FIELD_NUMBER: builtins.int
     ENVELOPES_FIELD_NUMBER: builtins.int
     sequence: builtins.int
+    """1, 2, 3 … on this link, across its calls."""
     received_through: builtins.int
+    """The highest response sequence that the caller has taken."""
     safe_through: builtins.int
     credit: builtins.int
     @property
-    def hello(self) -> global___ForwardHello: ...
+    def hello(self) -> global___ForwardHello:
+        """In the first request of a call only."""
+
     @property
     def envelopes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]: ...
     def __init__(
@@ -614,6 +708,7 @@ class ForwardHello(google.protobuf.message.Message):
     RESUME_AFTER_FIELD_NUMBER: builtins.int
     router_incarnation: builtins.str
     resume_after: builtins.int
+    """The highest response sequence that it has from an earlier call; the receiver sends again what follows."""
     def __init__(
         self,
         *,
@@ -632,17 +727,21 @@ class ForwardResponse(google.protobuf.message.Message):
     RECEIVED_THROUGH_FIELD_NUMBER: builtins.int
     SAFE_THROUGH_FIELD_NUMBER: builtins.int
     CREDIT_FIELD_NUMBER: builtins.int
-    NOT_MINE_FIELD_NUMBER: builtins.int
+    WELCOME_FIELD_NUMBER: builtins.int
+    ANSWERS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
+    """1, 2, 3 … on this link, across its calls."""
     received_through: builtins.int
+    """The highest request sequence taken into memory."""
     safe_through: builtins.int
+    """All envelopes up to this request have been dealt with: those that no answer names were taken."""
     credit: builtins.int
     @property
-    def not_mine(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NotMine]:
-        """Envelopes that the router does not own the target of. The sender keeps them, and what comes after
-        them from the same session to the same account, until it has that view, and sends them again in order.
-        """
+    def welcome(self) -> global___ForwardWelcome:
+        """In the first response of a call only."""
 
+    @property
+    def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ForwardAnswer]: ...
     def __init__(
         self,
         *,
@@ -650,30 +749,142 @@ class ForwardResponse(google.protobuf.message.Message):
         received_through: builtins.int = ...,
         safe_through: builtins.int = ...,
         credit: builtins.int = ...,
-        not_mine: collections.abc.Iterable[global___NotMine] | None = ...,
+        welcome: global___ForwardWelcome | None = ...,
+        answers: collections.abc.Iterable[global___ForwardAnswer] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["credit", b"credit", "not_mine", b"not_mine", "received_through", b"received_through", "safe_through", b"safe_through", "sequence", b"sequence"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers", "credit", b"credit", "received_through", b"received_through", "safe_through", b"safe_through", "sequence", b"sequence", "welcome", b"welcome"]) -> None: ...
 
 global___ForwardResponse = ForwardResponse
 
 @typing.final
-class NotMine(google.protobuf.message.Message):
+class ForwardWelcome(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESUME_AFTER_FIELD_NUMBER: builtins.int
+    resume_after: builtins.int
+    """The highest request sequence that it has from this start of the caller; what follows is sent again."""
+    def __init__(
+        self,
+        *,
+        resume_after: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["resume_after", b"resume_after"]) -> None: ...
+
+global___ForwardWelcome = ForwardWelcome
+
+@typing.final
+class ForwardAnswer(google.protobuf.message.Message):
+    """What became of one envelope, where it was not simply taken."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: builtins.int
     INDEX_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
     VIEW_VERSION_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    LATER_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Which envelope of which request."""
     index: builtins.int
+    refused: builtins.bool
+    """Nobody there takes it; it is the sender's still."""
     view_version: builtins.int
+    """For refusals: the view by which the receiver is not the one that decides; the sender keeps the envelope,
+    and what comes after it in the same flow, until it has that view, and sends them again in order. 0: the
+    receiver is the right one, and has no session that takes it.
+    """
+    content: builtins.bytes
+    """What a module answered to a note."""
+    later: builtins.bool
+    """It has been taken into memory and is being dealt with; another answer follows."""
     def __init__(
         self,
         *,
         sequence: builtins.int = ...,
         index: builtins.int = ...,
+        refused: builtins.bool = ...,
         view_version: builtins.int = ...,
+        content: builtins.bytes = ...,
+        later: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["index", b"index", "sequence", b"sequence", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "index", b"index", "later", b"later", "refused", b"refused", "sequence", b"sequence", "view_version", b"view_version"]) -> None: ...
 
-global___NotMine = NotMine
+global___ForwardAnswer = ForwardAnswer
+
+@typing.final
+class AdoptSessionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: builtins.int
+    STREAM_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
+    stream: builtins.int
+    """The stream's number at its connector."""
+    @property
+    def record(self) -> tidings.api.common.v1.session_pb2.SessionRecord:
+        """`epoch` and `connector_incarnation` as they are before the move."""
+
+    @property
+    def held(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]:
+        """Stanzas for it that arrived while it was frozen, in order."""
+
+    def __init__(
+        self,
+        *,
+        record: tidings.api.common.v1.session_pb2.SessionRecord | None = ...,
+        stream: builtins.int = ...,
+        held: collections.abc.Iterable[tidings.api.common.v1.stanza_pb2.Envelope] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["held", b"held", "record", b"record", "stream", b"stream"]) -> None: ...
+
+global___AdoptSessionRequest = AdoptSessionRequest
+
+@typing.final
+class AdoptSessionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    TICKET_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    ticket: builtins.bytes
+    """A sealed Ticket for the connector."""
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        ticket: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "ticket", b"ticket"]) -> None: ...
+
+global___AdoptSessionResponse = AdoptSessionResponse
+
+@typing.final
+class EndSessionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    JID_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    jid: builtins.str
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        jid: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["jid", b"jid", "session", b"session"]) -> None: ...
+
+global___EndSessionRequest = EndSessionRequest
+
+@typing.final
+class EndSessionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___EndSessionResponse = EndSessionResponse

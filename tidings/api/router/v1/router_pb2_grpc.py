@@ -51,6 +51,16 @@ class RouterServiceStub(object):
                 request_serializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.AdoptSession = channel.unary_unary(
+                '/tidings.api.router.v1.RouterService/AdoptSession',
+                request_serializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.AdoptSessionRequest.SerializeToString,
+                response_deserializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.AdoptSessionResponse.FromString,
+                _registered_method=True)
+        self.EndSession = channel.unary_unary(
+                '/tidings.api.router.v1.RouterService/EndSession',
+                request_serializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.EndSessionResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer(object):
@@ -73,8 +83,27 @@ class RouterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Forward(self, request_iterator, context):
-        """The link between two routers, one direction each. The first request carries `hello`.
-        Errors: as Attach; UNIMPLEMENTED by a router that is the only one of its cluster.
+        """The link between two routers, one direction each. The first request carries `hello`, the first response
+        `welcome`. A link outlives its call: whoever opened it opens another one and goes on where it ended.
+        Errors: as Attach.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdoptSession(self, request, context):
+        """Hands a session over: the caller has frozen it and gives it up when this returns. From then on it is the
+        receiver's, under a higher epoch.
+        Errors: FAILED_PRECONDITION (STALE_EPOCH): the session's row says another epoch or owner; UNAVAILABLE
+        (DATABASE_AWAY, NOT_SERVING): nothing has changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndSession(self, request, context):
+        """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+        <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +121,16 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.ForwardRequest.FromString,
                     response_serializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.ForwardResponse.SerializeToString,
+            ),
+            'AdoptSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptSession,
+                    request_deserializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.AdoptSessionRequest.FromString,
+                    response_serializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.AdoptSessionResponse.SerializeToString,
+            ),
+            'EndSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndSession,
+                    request_deserializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.EndSessionRequest.FromString,
+                    response_serializer=tidings_dot_api_dot_router_dot_v1_dot_router__pb2.EndSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -155,6 +194,60 @@ class RouterService(object):
             '/tidings.api.router.v1.RouterService/Forward',
             tidings_dot_api_dot_router_dot_v1_dot_router__pb2.ForwardRequest.SerializeToString,
             tidings_dot_api_dot_router_dot_v1_dot_router__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidings.api.router.v1.RouterService/AdoptSession',
+            tidings_dot_api_dot_router_dot_v1_dot_router__pb2.AdoptSessionRequest.SerializeToString,
+            tidings_dot_api_dot_router_dot_v1_dot_router__pb2.AdoptSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidings.api.router.v1.RouterService/EndSession',
+            tidings_dot_api_dot_router_dot_v1_dot_router__pb2.EndSessionRequest.SerializeToString,
+            tidings_dot_api_dot_router_dot_v1_dot_router__pb2.EndSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,8 +41,27 @@ class RouterServiceStub:
         tidings.api.router.v1.router_pb2.ForwardRequest,
         tidings.api.router.v1.router_pb2.ForwardResponse,
     ]
-    """The link between two routers, one direction each. The first request carries `hello`.
-    Errors: as Attach; UNIMPLEMENTED by a router that is the only one of its cluster.
+    """The link between two routers, one direction each. The first request carries `hello`, the first response
+    `welcome`. A link outlives its call: whoever opened it opens another one and goes on where it ended.
+    Errors: as Attach.
+    """
+
+    AdoptSession: grpc.UnaryUnaryMultiCallable[
+        tidings.api.router.v1.router_pb2.AdoptSessionRequest,
+        tidings.api.router.v1.router_pb2.AdoptSessionResponse,
+    ]
+    """Hands a session over: the caller has frozen it and gives it up when this returns. From then on it is the
+    receiver's, under a higher epoch.
+    Errors: FAILED_PRECONDITION (STALE_EPOCH): the session's row says another epoch or owner; UNAVAILABLE
+    (DATABASE_AWAY, NOT_SERVING): nothing has changed.
+    """
+
+    EndSession: grpc.UnaryUnaryMultiCallable[
+        tidings.api.router.v1.router_pb2.EndSessionRequest,
+        tidings.api.router.v1.router_pb2.EndSessionResponse,
+    ]
+    """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+    <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
     """
 
 class RouterServiceAsyncStub:
@@ -68,8 +87,27 @@ class RouterServiceAsyncStub:
         tidings.api.router.v1.router_pb2.ForwardRequest,
         tidings.api.router.v1.router_pb2.ForwardResponse,
     ]
-    """The link between two routers, one direction each. The first request carries `hello`.
-    Errors: as Attach; UNIMPLEMENTED by a router that is the only one of its cluster.
+    """The link between two routers, one direction each. The first request carries `hello`, the first response
+    `welcome`. A link outlives its call: whoever opened it opens another one and goes on where it ended.
+    Errors: as Attach.
+    """
+
+    AdoptSession: grpc.aio.UnaryUnaryMultiCallable[
+        tidings.api.router.v1.router_pb2.AdoptSessionRequest,
+        tidings.api.router.v1.router_pb2.AdoptSessionResponse,
+    ]
+    """Hands a session over: the caller has frozen it and gives it up when this returns. From then on it is the
+    receiver's, under a higher epoch.
+    Errors: FAILED_PRECONDITION (STALE_EPOCH): the session's row says another epoch or owner; UNAVAILABLE
+    (DATABASE_AWAY, NOT_SERVING): nothing has changed.
+    """
+
+    EndSession: grpc.aio.UnaryUnaryMultiCallable[
+        tidings.api.router.v1.router_pb2.EndSessionRequest,
+        tidings.api.router.v1.router_pb2.EndSessionResponse,
+    ]
+    """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+    <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
     """
 
 class RouterServiceServicer(metaclass=abc.ABCMeta):
@@ -99,8 +137,31 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[tidings.api.router.v1.router_pb2.ForwardRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[tidings.api.router.v1.router_pb2.ForwardResponse], collections.abc.AsyncIterator[tidings.api.router.v1.router_pb2.ForwardResponse]]:
-        """The link between two routers, one direction each. The first request carries `hello`.
-        Errors: as Attach; UNIMPLEMENTED by a router that is the only one of its cluster.
+        """The link between two routers, one direction each. The first request carries `hello`, the first response
+        `welcome`. A link outlives its call: whoever opened it opens another one and goes on where it ended.
+        Errors: as Attach.
+        """
+
+    @abc.abstractmethod
+    def AdoptSession(
+        self,
+        request: tidings.api.router.v1.router_pb2.AdoptSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidings.api.router.v1.router_pb2.AdoptSessionResponse, collections.abc.Awaitable[tidings.api.router.v1.router_pb2.AdoptSessionResponse]]:
+        """Hands a session over: the caller has frozen it and gives it up when this returns. From then on it is the
+        receiver's, under a higher epoch.
+        Errors: FAILED_PRECONDITION (STALE_EPOCH): the session's row says another epoch or owner; UNAVAILABLE
+        (DATABASE_AWAY, NOT_SERVING): nothing has changed.
+        """
+
+    @abc.abstractmethod
+    def EndSession(
+        self,
+        request: tidings.api.router.v1.router_pb2.EndSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidings.api.router.v1.router_pb2.EndSessionResponse, collections.abc.Awaitable[tidings.api.router.v1.router_pb2.EndSessionResponse]]:
+        """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+        <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
         """
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

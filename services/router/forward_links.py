@@ -1,0 +1,270 @@
+"""The links between routers (router.v1 Forward): what one forwards, and what the other answers.
+
+Each router opens one link to each other one and sends on it; what comes back are answers. A link outlives its
+calls: it ends when the other router's incarnation has left the view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import ForwardHello, ForwardRequest, ForwardResponse
+from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
+from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
+from tidings.cluster.node import Node
+from tidings.cluster.view import ClusterView
+from tidings.kit.link import INTERVAL, Gap, Outbox, Overflow
+from tidings.kit.logging import get_logger
+from tidings.kit.rpc_errors import describe
+from tidings.kit.tasks import Tasks
+
+if TYPE_CHECKING:
+    from tidings.kit.channel import Channels
+
+log = get_logger("cluster")
+
+# Seconds for a router to answer the first request, and between two tries to reach it.
+WELCOME_TIMEOUT = 5.0
+RETRY = 0.2
+
+NOTES = (Mode.NOTE, Mode.STRATEGY)
+
+
+class OutgoingLink:
+    """What this router sends to another one."""
+
+    def __init__(self, node: Node, forwarder: Forwarder) -> None:
+        self.node = node
+        self._forwarder = forwarder
+        self.outbox: Outbox[ForwardRequest] = Outbox(ForwardRequest, INTERVAL, resumable=True)
+        self.outbox.on_batch = self._numbered
+        # What is in no numbered batch yet; then by batch; and what is being dealt with for longer.
+        self._unnumbered: deque[Sent] = deque()
+        self._batches: dict[int, list[Sent | None]] = {}
+        self._later: dict[tuple[int, int], Sent] = {}
+        # Keeps it up.
+        self.task: asyncio.Task[Any] | None = None
+
+    def send(self, item: Item, sent: Sent, refusals_seen: int) -> None:
+        """Raises Overflow when the other router has not taken anything for long."""
+        if item.mode in NOTES:
+            name, content = item.payload
+            self.outbox.begin(len(content)).add(
+                forwarding=int(item.mode), to_jid=item.account, children=(name,), stanza=content, prompt=True
+            )
+            self._unnumbered.append(sent)
+            return
+        source: Envelope = item.payload
+        envelopes = self.outbox.begin(len(source.stanza) + 128)
+        envelopes.append(source)
+        envelope = envelopes[-1]
+        envelope.forwarding = int(item.mode)
+        envelope.refusals_seen = refusals_seen
+        envelope.view_version = self._forwarder.view.version
+        envelope.hops = source.hops + 1
+        if sent.group is not None:
+            envelope.prompt = not sent.group.certain
+            if not item.resource:
+                # Addressed to a full JID that is gone, and treated as if to the account (RFC 6121 8.5.3.2.1).
+                envelope.to_jid = item.account
+        self._unnumbered.append(sent)
+
+    def _numbered(self, batch: ForwardRequest) -> None:
+        self._batches[batch.sequence] = [self._unnumbered.popleft() for _ in batch.envelopes]
+
+    def receive(self, response: ForwardResponse) -> None:
+        """Takes the answers. Raises Gap."""
+        if not self.outbox.take(response.sequence):
+            return
+        self.outbox.confirmed(response.received_through)
+        for answer in response.answers:
+            key = (answer.sequence, answer.index)
+            batch = self._batches.get(answer.sequence)
+            sent = self._later.pop(key, None)
+            if sent is None and batch is not None:
+                sent, batch[answer.index] = batch[answer.index], None
+            if sent is None:
+                continue
+            if answer.later:
+                self._later[key] = sent
+            elif answer.refused:
+                log.debug("refused", by=self.node.hostname, to=sent.item.account, view=answer.view_version)
+                self._forwarder.refused(sent, answer.view_version)
+            else:
+                self._forwarder.taken(sent, answer.content)
+        for sequence in [number for number in self._batches if number <= response.safe_through]:
+            for taken in self._batches.pop(sequence):
+                if taken is not None:
+                    self._forwarder.taken(taken)
+        if response.answers:
+            self.outbox.confirm_soon()
+
+    def lost(self) -> None:
+        """The other router is no more: everything unanswered comes back."""
+        self.outbox.on_batch = None
+        if self.task is not None:
+            self.task.cancel()
+        unanswered = [sent for batch in self._batches.values() for sent in batch if sent is not None]
+        unanswered += [*self._later.values(), *self._unnumbered]
+        self._batches.clear()
+        self._later.clear()
+        self._unnumbered.clear()
+        for sent in unanswered:
+            self._forwarder.lost(sent)
+
+
+class IncomingLink:
+    """What another router sends to this one."""
+
+    def __init__(self, incarnation: str, forwarder: Forwarder) -> None:
+        self.incarnation = incarnation
+        self._forwarder = forwarder
+        self.outbox: Outbox[ForwardResponse] = Outbox(ForwardResponse, INTERVAL, resumable=True)
+        # The call that serves it now.
+        self.handling: asyncio.Task[Any] | None = None
+
+    def receive(self, request: ForwardRequest) -> None:
+        """Takes a batch; what can be dealt with at once is, the rest is answered later. Raises Gap."""
+        outbox = self.outbox
+        outbox.confirmed(request.received_through)
+        if not outbox.take(request.sequence):
+            outbox.confirm_soon()
+            return
+        sequence = request.sequence
+        incoming = self._forwarder.incoming
+        for index, envelope in enumerate(request.envelopes):
+            account, _, resource = envelope.to_jid.partition("/")
+            mode = Mode(envelope.forwarding)
+            item = Item(
+                (envelope.from_jid.partition("/")[0], account), account, resource,
+                (envelope.children[0], envelope.stanza) if mode in NOTES else envelope,
+                mode, source=self.incarnation, answer=partial(self._answered, sequence, index, envelope.prompt),
+            )  # fmt: skip
+            incoming(item, envelope.view_version, envelope.refusals_seen)
+            if item.answer is not None:
+                outbox.begin_item().answers.add(sequence=sequence, index=index, later=True)
+                item.answer = partial(self._answered, sequence, index, True)
+        outbox.safe = sequence
+        outbox.confirm_soon()
+
+    def _answered(self, sequence: int, index: int, prompt: bool, item: Item) -> None:
+        if item.taken and not prompt and not item.content:
+            return
+        answer = self.outbox.begin_item().answers.add(sequence=sequence, index=index)
+        answer.content = item.content
+        if not item.taken:
+            answer.refused = True
+            if item.mode is Mode.DECIDE:
+                answer.view_version = self._forwarder.view.version
+
+
+class ForwardLinks:
+    """All links of one router."""
+
+    def __init__(self, own: Node, channels: Channels, tasks: Tasks) -> None:
+        self._own = own
+        self._channels = channels
+        self._tasks = tasks
+        self._forwarder: Forwarder | None = None
+        self._outgoing: dict[str, OutgoingLink] = {}
+        self._incoming: dict[str, IncomingLink] = {}
+        # Totals, for metrics and for counting what strategies cost.
+        self.batches = 0
+        self.bytes = 0
+
+    def start(self, forwarder: Forwarder) -> None:
+        self._forwarder = forwarder
+
+    def view_changed(self, view: ClusterView) -> None:
+        """Opens links to routers that came. Called before the forwarder learns of the view."""
+        assert self._forwarder is not None
+        for node in view.with_router_sessions():
+            if node.incarnation not in self._outgoing and node.incarnation != self._own.incarnation:
+                link = self._outgoing[node.incarnation] = OutgoingLink(node, self._forwarder)
+                link.task = self._tasks.spawn(self._keep(link), f"forward link to {node.hostname}")
+
+    def view_applied(self, view: ClusterView) -> None:
+        """Ends links to routers that went. Called when the forwarder knows the view, for what comes back goes
+        another way."""
+        alive = {node.incarnation for node in view.with_router_sessions()}
+        for gone in set(self._incoming) - alive:
+            incoming = self._incoming.pop(gone)
+            if incoming.handling is not None:
+                incoming.handling.cancel()
+        for gone in set(self._outgoing) - alive:
+            link = self._outgoing.pop(gone)
+            log.debug("forward_link_ended", router=link.node.hostname, incarnation=gone)
+            link.lost()
+
+    def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
+        assert self._forwarder is not None
+        link = self._outgoing.get(node)
+        try:
+            if link is not None:
+                link.send(item, sent, refusals_seen)
+                return
+        except Overflow:
+            log.warning("forward_link_full", router=link.node.hostname if link else node)
+        # Not within this call: its caller has not noted yet that it was sent.
+        asyncio.get_running_loop().call_soon(self._forwarder.lost, sent)
+
+    def congested(self, node: str) -> bool:
+        link = self._outgoing.get(node)
+        return link is not None and link.outbox.congested
+
+    def totals(self) -> tuple[int, int, int]:
+        """Batches, envelopes and bytes of stanzas that were sent to other routers."""
+        links = self._outgoing.values()
+        return (
+            sum(link.outbox.sequence for link in links),
+            sum(link.outbox.sent_envelopes for link in links),
+            sum(link.outbox.sent_bytes for link in links),
+        )
+
+    # --- calls ---
+
+    async def _keep(self, link: OutgoingLink) -> None:
+        node = link.node
+        while True:
+            try:
+                await self._forward(link)
+            except grpc.RpcError as error:
+                log.debug("forward_failed", router=node.hostname, reason=describe(error))
+            except (TimeoutError, OSError, Gap) as error:
+                log.debug("forward_failed", router=node.hostname, reason=str(error) or "no answer")
+            await asyncio.sleep(RETRY)
+
+    async def _forward(self, link: OutgoingLink) -> None:
+        node = link.node
+        stub: Any = RouterServiceStub(self._channels.to(node))
+        call: Any = stub.Forward()
+        writers = Tasks(lambda _name, _error: call.cancel())
+        try:
+            async with asyncio.timeout(WELCOME_TIMEOUT):
+                hello = ForwardHello(router_incarnation=self._own.incarnation, resume_after=link.outbox.received)
+                await call.write(ForwardRequest(hello=hello))
+                first = await call.read()
+            if first is grpc.aio.EOF or not first.HasField("welcome"):
+                return
+            log.debug("forward_link_up", router=node.hostname, resumed_after=first.welcome.resume_after)
+            link.outbox.resume(first.welcome.resume_after)
+            writers.spawn(link.outbox.run(call.write), f"forwards to {node.hostname}")
+            while (response := await call.read()) is not grpc.aio.EOF:
+                link.receive(response)
+        finally:
+            call.cancel()
+            await writers.stop()
+
+    def incoming(self, incarnation: str) -> IncomingLink:
+        """The link that a router's call carries on, or a new one."""
+        assert self._forwarder is not None
+        link = self._incoming.get(incarnation)
+        if link is None:
+            link = self._incoming[incarnation] = IncomingLink(incarnation, self._forwarder)
+        return link

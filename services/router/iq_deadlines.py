@@ -1,0 +1,90 @@
+"""Every IQ request gets one answer, or one error: when nobody answers in time, the server says so.
+
+RFC 6120 8.2.3 wants an answer to each request; who asks must not wait for ever for a session, a node or a
+component that has gone. An answer that comes later than the error is dropped: one answer is one answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.module import IQ
+from tidings.xmpp.errors import StanzaError
+from tidings.xmpp.stanza import error_stanza
+
+if TYPE_CHECKING:
+    from services.router.sessions import Session
+
+# Seconds that a request may wait for its answer.
+DEADLINE = 30.0
+LOOK = 1.0
+# Requests of one session that may wait at one time; stops a client from filling memory with questions.
+MAX_ASKED = 1000
+
+
+class IqDeadlines:
+    """Watches the requests of this router's sessions."""
+
+    def __init__(
+        self,
+        sessions: Callable[[], Iterable[Session]],
+        answer: Callable[[Session, Envelope], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sessions = sessions
+        self._answer = answer
+        self._clock = clock
+        # Sessions with requests under way.
+        self._asking: dict[str, Session] = {}
+
+    def asked(self, session: Session, envelope: Envelope) -> None:
+        """A request leaves for somebody else. Raises StanzaError when too many wait."""
+        if len(session.asked) >= MAX_ASKED:
+            raise StanzaError("resource-constraint", "too many requests wait for their answers", type="wait")
+        session.asked[envelope.to_jid, envelope.id] = self._clock() + DEADLINE
+        self._asking[session.id] = session
+
+    def adopted(self, session: Session, left: Iterable[tuple[str, str, float]]) -> None:
+        """A session came with requests under way: to whom, the id, and the seconds that are left."""
+        now = self._clock()
+        for to_jid, id_, seconds in left:
+            session.asked[to_jid, id_] = now + seconds
+        if session.asked:
+            self._asking[session.id] = session
+
+    def left(self, session: Session) -> list[tuple[str, str, float]]:
+        now = self._clock()
+        return [(to_jid, id_, max(0.0, due - now)) for (to_jid, id_), due in session.asked.items()]
+
+    def answered(self, session: Session, envelope: Envelope) -> bool:
+        """An answer came; False when nobody waits for it any more."""
+        return session.asked.pop((envelope.from_jid, envelope.id), None) is not None
+
+    def look(self) -> None:
+        """Answers what has waited too long."""
+        now = self._clock()
+        for session in list(self._asking.values()):
+            for (to_jid, id_), due in list(session.asked.items()):
+                if due > now:
+                    break
+                del session.asked[to_jid, id_]
+                error = StanzaError("remote-server-timeout", "no answer came in time", type="wait")
+                raw = error_stanza("iq", id_, error, from_=to_jid, to=session.jid_text)
+                self._answer(
+                    session,
+                    Envelope(kind=IQ, type="error", id=id_, from_jid=to_jid, to_jid=session.jid_text, stanza=raw),
+                )
+            if not session.asked:
+                del self._asking[session.id]
+
+    def ended(self, session: Session) -> None:
+        self._asking.pop(session.id, None)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK)
+            self.look()

@@ -1,0 +1,89 @@
+"""Notes from module to module: for the sessions of an account that other routers have."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from tidings.cluster.forwarding import Forwarder, Item, Mode
+from tidings.cluster.strategy import Strategy
+from tidings.kit.logging import get_logger
+from tidings.kit.module import Hooks
+from tidings.xmpp.jid import Jid
+
+log = get_logger("router")
+
+# Seconds to wait for routers that do not take a note: they hang, and will be put out.
+KNOWN_TIMEOUT = 2.0
+
+
+class Notes:
+    """Sends the notes of this router's modules, and hands them those of others."""
+
+    def __init__(self, hooks: Hooks, step: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self._hooks = hooks
+        self._step = step
+        self._strategy: Strategy = None  # type: ignore[assignment] # set by `start`
+        self._forwarder: Forwarder = None  # type: ignore[assignment]
+
+    def start(self, strategy: Strategy, forwarder: Forwarder) -> None:
+        self._strategy = strategy
+        self._forwarder = forwarder
+
+    def noted(self, item: Item) -> Awaitable[None] | None:
+        name, content = item.payload
+        handler = self._hooks.notes.get(name)
+        if handler is None:
+            item.taken = False
+            return None
+        try:
+            # At once where that can be: stanzas that come behind it on the link are not to overtake it.
+            answer = handler(Jid.parse(item.account), content)
+            if answer is not None and not isinstance(answer, bytes):
+                return self._answer_note(answer, item)
+            item.taken, item.content = answer is not None, answer or b""
+        except Exception:
+            item.taken = False
+            log.exception("note_failed", module=name)
+        return None
+
+    async def _answer_note(self, waiting: Awaitable[bytes | None], item: Item) -> None:
+        try:
+            async with self._step():
+                answer = await waiting
+            item.taken, item.content = answer is not None, answer or b""
+        except Exception:
+            item.taken = False
+            log.exception("note_failed", module=item.payload[0])
+
+    def _send_note(self, module: str, account: str, content: bytes, then: Callable[[list[bytes]], None]) -> None:
+        """To the other routers that may have sessions of an account."""
+        plan = self._strategy.locate(account, "")
+        nodes = [node for node in (plan.decides, *plan.nodes) if node]
+        self._forwarder.ask(nodes, Item(("", account), account, "", (module, content), Mode.NOTE), then)
+
+    async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
+        """Sends a module's note; the answers of those that had one."""
+        answered: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+        self._send_note(module, account, content, lambda found: _set(answered, found))
+        return await answered
+
+    def tell(self, module: str, account: str, content: bytes) -> None:
+        self._send_note(module, account, content, lambda _answers: None)
+
+    async def known(self) -> None:
+        """Waits, within bounds, until the other routers have taken the notes of our strategy."""
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._forwarder.on_told(lambda: _set(told, None))
+        try:
+            async with asyncio.timeout(KNOWN_TIMEOUT):
+                await told
+        except TimeoutError:
+            log.debug("notes_not_taken", waited=KNOWN_TIMEOUT)
+
+
+def _set(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)

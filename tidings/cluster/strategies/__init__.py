@@ -1,0 +1,1 @@
+"""The strategies that come with Tidings, one a file."""
