@@ -128,10 +128,13 @@ class RouterLinks:
             while self._member.view.by_incarnation(node.incarnation) is not None:
                 try:
                     await self._attach(node)
+                    why = "the call ended"
                 except grpc.RpcError as error:
-                    log.debug("attach_failed", router=node.hostname, reason=describe(error))
+                    why = describe(error)
                 except (TimeoutError, OSError) as error:
-                    log.debug("attach_failed", router=node.hostname, reason=str(error))
+                    why = str(error) or "no answer"
+                log.debug("router_link_down", router=node.hostname, reason=why)
+                self._member.report(node, why)
                 await asyncio.sleep(RETRY)
         finally:
             self._running.discard(node.incarnation)

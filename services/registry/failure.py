@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from tidings.cluster.node import Node, NodeState
 
+# Seconds after which a beat, due every second, is late.
+LATE = 1.4
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -29,16 +32,18 @@ class Observer:
         # By incarnation: the beat, and when it was first read.
         self._seen: dict[str, tuple[int, float]] = {}
         self._failed: dict[str, float] = {}
+        self._nodes: dict[str, Node] = {}
 
     def look(self, nodes: Iterable[Node], now: float) -> tuple[list[Verdict], list[Node]]:
         """Takes the rows of one successful read at `now` (seconds, monotonic).
 
         Returns verdicts, and the failed nodes whose rows have stood for another lease and can go.
         """
+        self._nodes = {node.incarnation: node for node in nodes}
         verdicts: list[Verdict] = []
         removable: list[Node] = []
         present = set()
-        for node in nodes:
+        for node in self._nodes.values():
             present.add(node.incarnation)
             if node.incarnation == self._own:
                 continue  # nobody judges themselves
@@ -58,6 +63,14 @@ class Observer:
         for gone in set(self._failed) - present:
             del self._failed[gone]
         return verdicts, removable
+
+    def late(self, now: float) -> list[Node]:
+        """Nodes whose beat should have come: they are worth a look, which may prove their death at once."""
+        return [
+            self._nodes[incarnation]
+            for incarnation, (_, since) in self._seen.items()
+            if now - since >= LATE and self._nodes[incarnation].state is not NodeState.FAILED
+        ]
 
     def unread(self) -> None:
         """A read failed: what was seen before it proves nothing about the time of the gap."""

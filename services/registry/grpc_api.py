@@ -6,24 +6,33 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
+
 from services.registry.members import Members
 from services.registry.store import Change, ChangeKind
 from tidings.api.common.v1.error_pb2 import ErrorReason
+from tidings.api.common.v1.node_pb2 import NODE_STATE_FAILED
+from tidings.api.node.v1.node_pb2 import DrainRequest
+from tidings.api.node.v1.node_pb2_grpc import NodeServiceStub
 from tidings.api.registry.v1 import registry_pb2 as pb
 from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceServicer
 from tidings.cluster.node import Node, NodeState
 from tidings.cluster.view import ClusterView
+from tidings.kit.channel import Channels
 from tidings.kit.db import DatabaseAway
 from tidings.kit.grpc_server import current_caller
 from tidings.kit.logging import get_logger
 from tidings.kit.node_messages import node_from, node_into
 from tidings.kit.pki import normalised
-from tidings.kit.rpc_errors import TidingsError
+from tidings.kit.probe import refused
+from tidings.kit.rpc_errors import TidingsError, describe
 
 log = get_logger("registry")
 
 # Changes that may wait for one watcher; one that is slower is cut off and comes back with `since`.
 MAX_WAITING = 1000
+# Seconds for a node to take the order to drain.
+DRAIN_TIMEOUT = 5.0
 
 _KINDS = {
     ChangeKind.JOINED: pb.NodeChangeKind.NODE_CHANGE_KIND_JOINED,
@@ -40,8 +49,9 @@ _OWN_STATES = (NodeState.JOINING, NodeState.UP, NodeState.DRAINING)
 class RegistryApi(RegistryServiceServicer):
     """Serves registry.v1."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, channels: Channels) -> None:
         self._members = members
+        self._channels = channels
 
     async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:
         caller = current_caller(context)
@@ -77,7 +87,12 @@ class RegistryApi(RegistryServiceServicer):
             raise _bad("a node calls itself JOINING, UP or DRAINING")
         try:
             alive = await self._members.beat(
-                request.hostname, request.incarnation, state, request.cpu_usage, request.mem_usage
+                request.hostname,
+                request.incarnation,
+                state,
+                request.cpu_usage,
+                request.mem_usage,
+                request.cleaned_through,
             )
         except DatabaseAway as error:
             raise _away(error) from None
@@ -127,28 +142,95 @@ class RegistryApi(RegistryServiceServicer):
                 view = await self._members.refresh()
             except DatabaseAway:
                 view = self._members.view
-            if request.since != view.version or not view.version:
-                # What lies between is told at once, by a snapshot: shorter than all its changes.
+            missed = await self._missed(request.since, view)
+            for response in missed or ():
+                yield response
+            if missed is None:
                 snapshot = pb.WatchNodesResponse(view_version=view.version)
                 snapshot.snapshot.SetInParent()
                 for node in view:
                     node_into(node, snapshot.snapshot.nodes.add())
                 yield snapshot
             last = view.version
-            while (response := await waiting.get()) is not None:
-                if response.view_version > last:
-                    last = response.view_version
-                    yield response
+            while (news := await waiting.get()) is not None:
+                if news.view_version > last:
+                    last = news.view_version
+                    yield news
         finally:
             unwatch()
+
+    async def _missed(self, since: int, view: ClusterView) -> list[pb.WatchNodesResponse] | None:
+        """The changes behind a version; None when they are not all known, or the caller has nothing yet."""
+        if not since or since > view.version:
+            return None
+        try:
+            changes = await self._members.changes(since)
+        except DatabaseAway:
+            return [] if since == view.version else None
+        if changes is None:
+            return None
+        missed = []
+        for change in changes:
+            if change.version > view.version:
+                break
+            response = pb.WatchNodesResponse(view_version=change.version)
+            response.change.kind = _KINDS[change.kind]
+            node = view.by_incarnation(change.incarnation)
+            if node is not None:
+                node_into(node, response.change.node)
+            elif change.kind not in (ChangeKind.LEFT, ChangeKind.FAILED):
+                continue  # it has gone again meanwhile, as a later change says
+            else:
+                response.change.node.hostname = change.hostname
+                response.change.node.incarnation = change.incarnation
+                response.change.node.state = NODE_STATE_FAILED
+            missed.append(response)
+        return missed
 
     async def ReportUnreachable(
         self, request: pb.ReportUnreachableRequest, context: Any
     ) -> pb.ReportUnreachableResponse:
-        if self._members.view.by_incarnation(request.incarnation) is None:
-            raise TidingsError(ErrorReason.ERROR_REASON_NOT_FOUND, f"{request.hostname} is not in the view")
-        log.info("reported_unreachable", node=request.hostname, observation=request.observation[:200])
+        node = self._node(request.hostname, request.incarnation)
+        reporter = current_caller(context)
+        log.debug(
+            "reported_unreachable",
+            node=request.hostname,
+            by=reporter.name,
+            observation=request.observation[:200],
+        )
+        await self._members.look_soon(node, reporter.incarnation, request.refused)
         return pb.ReportUnreachableResponse()
+
+    async def ProbeNode(self, request: pb.ProbeNodeRequest, context: Any) -> pb.ProbeNodeResponse:
+        node = self._node(request.hostname, request.incarnation)
+        return pb.ProbeNodeResponse(refused=await refused(node.address, node.port))
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:
+        try:
+            view = await self._members.refresh()
+        except DatabaseAway:
+            view = self._members.view
+        node = view.node(request.hostname)
+        if node is None or node.state is NodeState.FAILED:
+            known = ", ".join(other.hostname for other in view)
+            raise TidingsError(
+                ErrorReason.ERROR_REASON_NOT_FOUND, f"there is no node {request.hostname!r}; there are {known}"
+            )
+        stub: Any = NodeServiceStub(self._channels.to(node))
+        try:
+            await stub.Drain(DrainRequest(asked_by=current_caller(context).name), timeout=DRAIN_TIMEOUT)
+        except grpc.RpcError as error:
+            raise TidingsError(
+                ErrorReason.ERROR_REASON_NOT_SERVING,
+                f"{node.hostname} does not answer at {node.address}:{node.port}: {describe(error)}",
+            ) from None
+        return pb.DrainNodeResponse(incarnation=node.incarnation)
+
+    def _node(self, hostname: str, incarnation: str) -> Node:
+        node = self._members.view.by_incarnation(incarnation)
+        if node is None:
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_FOUND, f"{hostname} is not in the view")
+        return node
 
     def _check_own(self, hostname: str, incarnation: str, context: Any) -> None:
         caller = current_caller(context)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from services.registry.failure import Observer
 from services.registry.store import Change, ChangeKind, NodeStore
@@ -13,14 +14,15 @@ from tidings.cluster.node import Node, NodeState
 from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
+from tidings.kit.probe import refused
 from tidings.kit.rpc_errors import TidingsError
 
 log = get_logger("registry")
 
 # Seconds between two reads of the table.
-LOOK = 0.5
-# Seconds for a connection that is to prove that a node is dead.
-PROBE_TIMEOUT = 1.0
+LOOK = 0.3
+# Seconds for another registry to look at a node.
+CONFIRM_TIMEOUT = 1.0
 # Times that a join is tried again when another one was faster.
 TRIES = 10
 
@@ -28,17 +30,12 @@ TRIES = 10
 Watcher = Callable[[Change, Node, ClusterView], None]
 
 
-async def refused(address: str, port: int) -> bool:
-    """Whether a new connection is refused there: proof that no process listens."""
-    try:
-        async with asyncio.timeout(PROBE_TIMEOUT):
-            _, writer = await asyncio.open_connection(address, port)
-    except ConnectionRefusedError:
-        return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
+async def _nobody_confirms(_asked: Node, _node: Node) -> bool:
     return False
+
+
+def _own_task(work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+    return asyncio.get_running_loop().create_task(work, name=name)
 
 
 class Members:
@@ -51,11 +48,19 @@ class Members:
         lease: float,
         clock: Callable[[], float] = time.monotonic,
         probe: Callable[[str, int], Awaitable[bool]] = refused,
+        confirm: Callable[[Node, Node], Awaitable[bool]] = _nobody_confirms,
+        spawn: Callable[[Coroutine[Any, Any, Any], str], Any] = _own_task,
     ) -> None:
+        """`probe` finds out whether a connection is refused; `confirm` has another registry's node do it (the
+        node that is asked, the node that is looked at)."""
         self._store = store
         self._lease = lease
         self._clock = clock
         self._probe = probe
+        self._confirm = confirm
+        self._spawn = spawn
+        self._own = own_incarnation
+        self._looking: set[str] = set()
         self._observer = Observer(own_incarnation, lease)
         self._reading = asyncio.Lock()
         self._watchers: set[Watcher] = set()
@@ -75,6 +80,7 @@ class Members:
                 return (await self.refresh()).version
             if present is not None:
                 await self._check_gone(present, node)
+                await self._check_cleaned(present)
             version = await self._store.join(node, present)
             if version is not None:
                 await self.refresh()
@@ -126,11 +132,35 @@ class Members:
                     "--cluster-hostname",
                 )
 
+    async def _check_cleaned(self, old: Node) -> None:
+        """A name is free when every router has cleaned up after its old start; who does not say so within the lease
+        is passed over: incarnations keep old and new apart."""
+        version, _ = await self._store.nodes()
+        deadline = self._clock() + self._lease
+        while True:
+            _, nodes = await self._store.nodes()
+            behind = [
+                other.hostname
+                for other in nodes
+                if "router" in other.services
+                and other.state in (NodeState.UP, NodeState.SUSPECT, NodeState.DRAINING)
+                and other.incarnation != old.incarnation
+                and other.cleaned < version
+            ]
+            if not behind or "router" not in old.services:
+                return
+            if self._clock() >= deadline:
+                log.warning("not_cleaned_up", node=old.hostname, incarnation=old.incarnation, passed_over=behind)
+                return
+            await asyncio.sleep(LOOK)
+
     # --- the others' calls ---
 
-    async def beat(self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float) -> bool:
+    async def beat(
+        self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float, cleaned: int = 0
+    ) -> bool:
         before = self.view.by_incarnation(incarnation)
-        alive = await self._store.beat(hostname, incarnation, state, cpu, memory)
+        alive = await self._store.beat(hostname, incarnation, state, cpu, memory, cleaned)
         if alive and (before is None or before.state is not state):
             await self.refresh()
         return alive
@@ -139,12 +169,71 @@ class Members:
         await self._store.leave(hostname, incarnation)
         await self.refresh()
 
+    # --- proof of death ---
+
+    async def look_at(self, node: Node, reporter: str = "", reporter_was_refused: bool = False) -> bool:
+        """Looks whether a node is dead, and says so when it is proven: this registry, and one more node where there
+        is one, find a new connection refused while the beat stands still. Raises DatabaseAway."""
+        if node.incarnation in self._looking or node.incarnation == self._own:
+            return False
+        self._looking.add(node.incarnation)
+        try:
+            _, nodes = await self._store.nodes()
+            row = next((other for other in nodes if other.incarnation == node.incarnation), None)
+            if row is None or row.state is NodeState.FAILED:
+                await self.refresh()
+                return False
+            if not await self._probe(row.address, row.port):
+                return False
+            witness = reporter_was_refused and reporter not in ("", self._own, row.incarnation)
+            if not witness and not await self._confirmed(row, nodes):
+                return False
+            failed = await self._store.mark(row.hostname, row.incarnation, row.beat, NodeState.FAILED)
+            if failed:
+                log.warning("node_failed", node=row.hostname, incarnation=row.incarnation, proof="connection refused")
+            await self.refresh()
+            return failed
+        finally:
+            self._looking.discard(node.incarnation)
+
+    async def look_soon(self, node: Node, reporter: str = "", refused: bool = False) -> None:
+        """The same as a task of its own."""
+        try:
+            await self.look_at(node, reporter, refused)
+        except DatabaseAway:
+            pass  # nothing can be proven now
+
+    async def _confirmed(self, node: Node, nodes: list[Node]) -> bool:
+        """Whether a second node finds it refused too; true when there is none to ask."""
+        others = [
+            other
+            for other in nodes
+            if other.incarnation not in (self._own, node.incarnation)
+            and other.state is not NodeState.FAILED
+            and "registry" in other.services
+        ]
+        if not others:
+            return True
+        unreachable = 0
+        for other in others:
+            try:
+                async with asyncio.timeout(CONFIRM_TIMEOUT):
+                    return await self._confirm(other, node)
+            except TimeoutError:
+                unreachable += 1
+        # None of them can be asked: then they may be dead themselves, each with its own proof.
+        return all([await self._probe(other.address, other.port) for other in others])
+
     # --- the view ---
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Calls `watcher` with each change from now on; the result takes it off again."""
         self._watchers.add(watcher)
         return lambda: self._watchers.discard(watcher)
+
+    async def changes(self, since: int) -> list[Change] | None:
+        """The changes behind a version; None when they are no longer all known. Raises DatabaseAway."""
+        return await self._store.changes(since)
 
     async def refresh(self) -> ClusterView:
         """Reads the table and tells the watchers what is new. Raises DatabaseAway."""
@@ -156,6 +245,7 @@ class Members:
             self.view = view
             for change in changes or ():
                 node = view.by_incarnation(change.incarnation) or before.by_incarnation(change.incarnation)
+                log.debug("node_changed", node=change.hostname, change=change.kind.value, view=change.version)
                 if node is not None and change.version <= version:
                     for watcher in list(self._watchers):
                         watcher(change, node, view)
@@ -171,6 +261,8 @@ class Members:
                     log.info("database_back", away_s=round(self._clock() - self.away_since, 1))
                     self.away_since = None
                 verdicts, removable = self._observer.look(view, self._clock())
+                for node in self._observer.late(self._clock()):
+                    self._spawn(self.look_soon(node), "look at a node")
                 for verdict in verdicts:
                     node = verdict.node
                     if await self._store.mark(node.hostname, node.incarnation, node.beat, verdict.state):
@@ -186,4 +278,4 @@ class Members:
                     log.warning("database_away", reason=str(error))
 
 
-__all__ = ["Change", "ChangeKind", "Members", "Watcher", "refused"]
+__all__ = ["Change", "ChangeKind", "Members", "Watcher"]

@@ -32,6 +32,8 @@ cluster_nodes = sa.Table(
     sa.Column("strategy", sa.String(255), nullable=False, default=""),
     sa.Column("started", sa.DateTime, nullable=False),
     sa.Column("certificate", sa.Text, nullable=False),
+    # The view up to which it has cleaned up after nodes that failed.
+    sa.Column("cleaned", sa.BigInteger, nullable=False, default=0),
 )
 
 # The version of the view. Whoever changes the view raises it in the same transaction and so waits for those

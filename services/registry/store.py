@@ -44,8 +44,11 @@ class NodeStore(Protocol):
         Returns the version; None when the row of that name is another one by now.
         """
 
-    async def beat(self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float) -> bool:
-        """Raises a node's beat and writes its load; numbers a change when its state changed.
+    async def beat(
+        self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float, cleaned: int = 0
+    ) -> bool:
+        """Raises a node's beat and writes its load, and up to which view it has cleaned up; numbers a change when
+        its state changed.
 
         False when its row is gone, failed, or another incarnation's. A suspect row is taken back.
         """

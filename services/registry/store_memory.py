@@ -37,11 +37,15 @@ class MemoryNodeStore:
         self._rows[node.hostname] = replace(node, beat=0)
         return self._changed(ChangeKind.JOINED, node)
 
-    async def beat(self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float) -> bool:
+    async def beat(
+        self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float, cleaned: int = 0
+    ) -> bool:
         row = self._row(hostname, incarnation)
         if row is None or row.state is NodeState.FAILED:
             return False
-        self._rows[hostname] = new = replace(row, beat=row.beat + 1, state=state, cpu_usage=cpu, mem_usage=memory)
+        self._rows[hostname] = new = replace(
+            row, beat=row.beat + 1, state=state, cpu_usage=cpu, mem_usage=memory, cleaned=cleaned
+        )
         if state is not row.state:
             self._changed(ChangeKind.DRAINING if state is NodeState.DRAINING else ChangeKind.BACK, new)
         return True

@@ -43,7 +43,9 @@ class SqlNodeStore:
         except IntegrityError:
             return None
 
-    async def beat(self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float) -> bool:
+    async def beat(
+        self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float, cleaned: int = 0
+    ) -> bool:
         async def work(connection: AsyncConnection) -> bool:
             here = (*_is(hostname, incarnation), cluster_nodes.c.state != NodeState.FAILED.value)
             before = (await connection.execute(sa.select(cluster_nodes.c.state).where(*here))).scalar()
@@ -54,7 +56,7 @@ class SqlNodeStore:
                 .where(*here)
                 .values(
                     beat=cluster_nodes.c.beat + 1, last_update=_now(), state=state.value,
-                    cpu_usage=cpu, mem_usage=memory,
+                    cpu_usage=cpu, mem_usage=memory, cleaned=cleaned,
                 )
             )  # fmt: skip
             if updated.rowcount and before != state.value:
@@ -154,7 +156,7 @@ def _row(node: Node) -> dict[str, Any]:
         "beat": 0, "cpu_usage": node.cpu_usage, "mem_usage": node.mem_usage,
         "services": ",".join(node.services), "state": node.state.value, "version": node.version,
         "protocol": node.protocol, "virt_hosts": ",".join(node.virtual_hosts), "strategy": node.strategy,
-        "certificate": node.certificate,
+        "certificate": node.certificate, "cleaned": 0,
     }  # fmt: skip
 
 
@@ -170,4 +172,5 @@ def _node(row: Any) -> Node:
         protocol=row["protocol"], virtual_hosts=tuple(row["virt_hosts"].split(",")), strategy=row["strategy"],
         started_unix_ms=_unix_ms(row["started"]), last_update_unix_ms=_unix_ms(row["last_update"]),
         cpu_usage=row["cpu_usage"], mem_usage=row["mem_usage"], certificate=row["certificate"],
+        cleaned=row["cleaned"],
     )  # fmt: skip

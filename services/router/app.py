@@ -70,7 +70,7 @@ class Router:
         self._sessions = sessions = Sessions()
         hooks = Hooks()
         components = ComponentLinks(hosts, lambda name: allowed_to(options, name))
-        self._links = ForwardLinks(context.node, context.channels, tasks)
+        self._links = ForwardLinks(context.node, context.channels, tasks, context.member.report)
         self.routing = routing = Routing(
             hosts, sessions, hooks, self._accounts, components, table, self._links, tasks.spawn
         )

@@ -38,6 +38,8 @@ PAUSE = 0.05
 END_TIMEOUT = 3.0
 # Seconds between two tries to write what the database did not take.
 RETRY = 1.0
+# Seconds that a new session may take to send presence, before its row says that it has sent none.
+SILENT = 5.0
 # Seconds in which changes of availability are collected.
 COLLECT = 0.1
 
@@ -69,6 +71,7 @@ class Binding:
         for attempt in range(TRIES):
             row = await self._table.bind(session.jid, session.id, self._own)
             if row is None:
+                asyncio.get_running_loop().call_later(SILENT, self._still_silent, session)
                 return
             present = self._sessions.get(row.session)
             if present is not None:
@@ -120,8 +123,13 @@ class Binding:
             except DatabaseAway:
                 continue
 
+    def _still_silent(self, session: Session) -> None:
+        """A session that has sent no presence for a while: nobody needs to be told of its end."""
+        if session.presence is None and self._sessions.get(session.id) is session:
+            self.presence_changed(session, b"", "unavailable")
+
     def presence_changed(self, session: Any, _raw: bytes, type_: str) -> None:
-        """Notes whether contacts have seen a session available, for whoever must tell them of its end."""
+        """Notes whether contacts may have seen a session available, for whoever must tell them of its end."""
         available = type_ == ""
         if session.seen_available is not available:
             session.seen_available = available

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -167,10 +168,12 @@ class IncomingLink:
 class ForwardLinks:
     """All links of one router."""
 
-    def __init__(self, own: Node, channels: Channels, tasks: Tasks) -> None:
+    def __init__(self, own: Node, channels: Channels, tasks: Tasks, report: Callable[[Node, str], None]) -> None:
         self._own = own
         self._channels = channels
         self._tasks = tasks
+        # Tells a registry of a router that could not be reached.
+        self._report = report
         self._forwarder: Forwarder | None = None
         self._outgoing: dict[str, OutgoingLink] = {}
         self._incoming: dict[str, IncomingLink] = {}
@@ -234,10 +237,13 @@ class ForwardLinks:
         while True:
             try:
                 await self._forward(link)
+                why = "the call ended"
             except grpc.RpcError as error:
-                log.debug("forward_failed", router=node.hostname, reason=describe(error))
+                why = describe(error)
             except (TimeoutError, OSError, Gap) as error:
-                log.debug("forward_failed", router=node.hostname, reason=str(error) or "no answer")
+                why = str(error) or "no answer"
+            log.debug("forward_link_down", router=node.hostname, reason=why)
+            self._report(node, why)
             await asyncio.sleep(RETRY)
 
     async def _forward(self, link: OutgoingLink) -> None:

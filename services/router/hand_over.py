@@ -276,7 +276,6 @@ class HandOver:
         session.interested = record.flags.interested
         session.priority = record.flags.priority
         session.presence = record.presence.stanza if record.HasField("presence") else None
-        session.seen_available = session.presence is not None
         # Until the connector attaches its stream.
         session.frozen = deque(request.held)
         session.moving = True

@@ -70,6 +70,7 @@ class Orphans:
             self._spawn(self._clean(router), "sessions of a router that is gone")
 
     async def _clean(self, router: str) -> None:
+        first = True
         try:
             while router not in self._alive:
                 try:
@@ -79,8 +80,10 @@ class Orphans:
                     log.info("ending_orphans", router=router, sessions=len(rows))
                     others = [node.incarnation for node in routers(self._view)] or [self._own]
                     for row in rows:
-                        if rendezvous(str(row.jid.bare), others) == self._own:
+                        # At first each router takes its share; who should have taken one may be gone itself.
+                        if not first or rendezvous(str(row.jid.bare), others) == self._own:
                             await self.end(row)
+                    first = False
                 except DatabaseAway:
                     pass  # it comes back
                 await asyncio.sleep(LOOK)

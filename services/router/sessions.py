@@ -59,7 +59,7 @@ class Session:
         # IQ requests that wait for an answer, with the time when that is over (see iq_deadlines.py).
         self.asked: dict[tuple[str, str], float] = {}
         # What the row of the session says.
-        self.seen_available = False
+        self.seen_available = True
         # It is being handed over; what is delivered to it meanwhile.
         self.moving = False
         self.frozen: deque[Envelope] | None = None

@@ -153,8 +153,8 @@ class SessionRow:
     epoch: int
     # The incarnation of the router that owns it.
     router: str
-    # Whether contacts have seen it available, as far as that has been written.
-    available: bool = False
+    # Whether contacts may have seen it available: from bind on, until it is known that they have not.
+    available: bool = True
 
 
 class SessionTable(Protocol):
@@ -178,7 +178,7 @@ class SessionTable(Protocol):
         """Removes a session, if its row still has this epoch. Returns the row that was removed."""
 
     async def set_available(self, changes: Sequence[tuple[Jid, str, bool]]) -> None:
-        """Notes of sessions (full JID, session id) whether they have been seen available."""
+        """Notes of sessions (full JID, session id) whether they may have been seen available."""
 
     async def of_account(self, account: Jid) -> list[SessionRow]: ...
 

@@ -140,11 +140,11 @@ class MemorySessionTable:
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
         present = self._rows.get(jid)
         if present is None:
-            self._rows[jid] = SessionRow(jid, session, 1, router)
+            self._rows[jid] = SessionRow(jid, session, 1, router, True)
         return present
 
     async def replace(self, row: SessionRow, session: str, router: str) -> bool:
-        return self._change(row, SessionRow(row.jid, session, row.epoch + 1, router))
+        return self._change(row, SessionRow(row.jid, session, row.epoch + 1, router, True))
 
     async def move(self, row: SessionRow, router: str) -> bool:
         present = self._rows.get(row.jid)

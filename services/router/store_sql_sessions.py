@@ -25,7 +25,7 @@ class SqlSessionTable:
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
         values = {
             "host": jid.domain, "local": jid.local, "resource_hash": _hash(jid), "resource": jid.resource,
-            "session": session, "epoch": 1, "router": router, "available": False,
+            "session": session, "epoch": 1, "router": router, "available": True,
         }  # fmt: skip
         try:
             async with self._database.write() as connection:
@@ -39,7 +39,7 @@ class SqlSessionTable:
         return _row(row) if row is not None else await self.bind(jid, session, router)
 
     async def replace(self, row: SessionRow, session: str, router: str) -> bool:
-        return await self._change(row, session=session, epoch=row.epoch + 1, router=router, available=False)
+        return await self._change(row, session=session, epoch=row.epoch + 1, router=router, available=True)
 
     async def move(self, row: SessionRow, router: str) -> bool:
         return await self._change(row, epoch=row.epoch + 1, router=router)

@@ -277,18 +277,18 @@ async def test_of_many_who_take_a_session_over_exactly_one_does(stores: Stores) 
 
 async def test_a_session_ends_once_and_its_row_says_whether_it_was_seen(stores: Stores) -> None:
     await stores.sessions.bind(DESK, "s", "r0")
-    await stores.sessions.set_available([(DESK, "s", True), (DESK, "another", False)])
+    await stores.sessions.set_available([(DESK, "s", False), (DESK, "another", True)])
     ends = await asyncio.gather(*(stores.sessions.end(DESK, "s", 1) for _ in range(6)))
-    assert [end for end in ends if end is not None] == [SessionRow(DESK, "s", 1, "r0", True)]
+    assert [end for end in ends if end is not None] == [SessionRow(DESK, "s", 1, "r0", False)]
     assert await stores.sessions.of_account(ROMEO) == []
 
 
 async def test_a_replaced_session_is_another_one_under_the_next_epoch(stores: Stores) -> None:
     await stores.sessions.bind(DESK, "s", "r0")
-    await stores.sessions.set_available([(DESK, "s", True)])
+    await stores.sessions.set_available([(DESK, "s", False)])
     (row,) = await stores.sessions.of_account(ROMEO)
     assert await stores.sessions.replace(row, "t", "r1")
-    assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, "t", 2, "r1", False)]
+    assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, "t", 2, "r1", True)]
     assert await stores.sessions.end(DESK, "s", 1) is None
 
 

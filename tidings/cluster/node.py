@@ -37,4 +37,6 @@ class Node:
     last_update_unix_ms: int = 0
     cpu_usage: float = 0.0
     mem_usage: float = 0.0
+    # The view up to which it has cleaned up after nodes that failed; only registries know it.
+    cleaned: int = 0
     certificate: str = field(default="", repr=False)

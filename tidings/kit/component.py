@@ -145,6 +145,8 @@ class Component:
                         reason=describe(error) if isinstance(error, grpc.RpcError) else "no answer",
                     )
                     told = told or final
+                    if not final:
+                        self.context.member.report(node, "a component could not attach")
                 await asyncio.sleep(RETRY)
         finally:
             self._attaching.discard(node.incarnation)

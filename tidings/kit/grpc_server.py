@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -73,6 +74,8 @@ class ClusterServer:
         self._local = InProcessServer()
         self._services: list[str] = []
         self._held: set[str] = set()
+        # Calls of other processes that are being handled.
+        self._running: dict[asyncio.Task[Any], tuple[str, Caller]] = {}
         self._health = health.aio.HealthServicer()
 
     # --- building ---
@@ -158,9 +161,9 @@ class ClusterServer:
 
             async def generate(request: Any, context: Any) -> Any:
                 try:
-                    _caller.set(await self._admit(method, context))
-                    async for response in behaviour(request, context):
-                        yield response
+                    with self._running_call(method, await self._admit(method, context)):
+                        async for response in behaviour(request, context):
+                            yield response
                 except Exception as error:
                     await _refuse(error, method, context)
 
@@ -169,8 +172,8 @@ class ClusterServer:
 
             async def run(request: Any, context: Any) -> Any:
                 try:
-                    _caller.set(await self._admit(method, context))
-                    return await behaviour(request, context)
+                    with self._running_call(method, await self._admit(method, context)):
+                        return await behaviour(request, context)
                 except Exception as error:
                     return await _refuse(error, method, context)
 
@@ -181,6 +184,28 @@ class ClusterServer:
             stream_unary=guarded if handler_.stream_unary else None,
             stream_stream=guarded if handler_.stream_stream else None,
         )
+
+    @contextmanager
+    def _running_call(self, method: str, caller: Caller) -> Iterator[None]:
+        """Notes who makes the call, for its handler and for `view_changed`."""
+        _caller.set(caller)
+        task = asyncio.current_task()
+        if caller.kind == "local" or task is None:
+            yield
+            return
+        self._running[task] = (method, caller)
+        try:
+            yield
+        finally:
+            self._running.pop(task, None)
+
+    def view_changed(self) -> None:
+        """Ends the calls of those who are no longer who they were: a failed node is refused on open streams too."""
+        for task, (method, caller) in list(self._running.items()):
+            now = self._identify(caller.certificate.encode())
+            if now is None or not allowed(method, now) or caller.incarnation not in ("", now.incarnation):
+                log.info("call_ended", method=method, caller=caller.name, incarnation=caller.incarnation)
+                task.cancel()
 
     async def _admit(self, method: str, context: Any) -> Caller:
         if self._held and method.partition("/")[0] in self._held:

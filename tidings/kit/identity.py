@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cryptography import x509
 
+from tidings.cluster.node import NodeState
 from tidings.cluster.view import ClusterView
 from tidings.kit.pki import URI_CLIENT, URI_NODE, CertificateAuthority, normalised, uri_names
 
@@ -50,6 +51,9 @@ class Identities:
             self._judged[leaf] = judged
         certificate, by_name = judged
         node = view.by_certificate(certificate)
+        if node is not None and node.state is NodeState.FAILED:
+            # It may ask to join anew, if an authority of ours has signed for it.
+            return by_name
         if node is not None:
             return Caller("node", node.hostname, frozenset(node.services), node.incarnation, certificate)
         return by_name

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from enum import Enum, auto
 from typing import Any
 
 import grpc
@@ -16,6 +18,7 @@ from tidings.cluster.node import Node, NodeState
 from tidings.cluster.view import ClusterView
 from tidings.kit.logging import get_logger
 from tidings.kit.node_messages import node_from, node_into, state_message
+from tidings.kit.probe import refused
 from tidings.kit.rpc_errors import describe, reason
 from tidings.kit.tasks import Tasks
 
@@ -23,9 +26,21 @@ log = get_logger("cluster")
 
 BEAT = 1.0
 RETRY = 0.5
+REPORT_PAUSE = 0.5
 CALL_TIMEOUT = 5.0
+BEAT_TIMEOUT = 2.0
+PEER_TIMEOUT = 1.0
 # Joining may have to wait until an old start of this node has stood still for the lease.
 JOIN_TIMEOUT = 20.0
+
+
+class Peer(Enum):
+    """What a peer's registry made of our beat."""
+
+    TOOK = auto()
+    DATABASE_AWAY = auto()
+    PUT_OUT = auto()
+    SILENT = auto()
 
 
 class Refused(Exception):
@@ -45,20 +60,33 @@ class Member:
         registries: Callable[[], Sequence[Any]],
         tasks: Tasks,
         load: Callable[[], tuple[float, float]],
-        expelled: Callable[[], None],
+        expelled: Callable[[str], None],
+        peers: Callable[[], list[tuple[Node, Any]]] = list,
+        lease: float = 5.0,
+        needs_database: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`registries`: channels, in the order in which to try them. `load`: CPU and memory, in percent."""
+        """`registries`: channels, in the order in which to try them. `load`: CPU and memory, in percent. `expelled`
+        is told why this start of the node is over. `peers`: registries of other nodes, for when ours can do
+        nothing."""
         self.node = node
         self._registries = registries
         self._tasks = tasks
         self._load = load
         self._expelled = expelled
+        self._peers = peers
+        self._lease = lease
+        self._needs_database = needs_database
+        self._clock = clock
+        self._renewed = clock()
         self._state = NodeState.JOINING
         self._listeners: list[Callable[[ClusterView], None]] = []
         self._changed = asyncio.Event()
         self._joined = False
         # Nodes that went and after which this one still cleans up, with the view that showed it.
         self._cleaning: dict[str, int] = {}
+        # By incarnation: when it may be reported again.
+        self._reported: dict[str, float] = {}
         self.view = ClusterView()
 
     # --- joining and leaving ---
@@ -82,6 +110,7 @@ class Member:
                         log.info("waiting_for_registry", reason=describe(error))
                 await asyncio.sleep(RETRY)
         self._joined = True
+        self._renewed = self._clock()
         log.info(
             "node_joined",
             node=self.node.hostname,
@@ -96,6 +125,31 @@ class Member:
         self._state = state
         if self._joined:
             await self._beat_once()
+
+    def report(self, node: Node, observation: str) -> None:
+        """Tells a registry that a node could not be reached: it looks whether that node is dead. May be called
+        again and again; it tells at most once every REPORT_PAUSE seconds."""
+        now = asyncio.get_running_loop().time()
+        if now < self._reported.get(node.incarnation, 0.0) or not self._joined:
+            return
+        self._reported = {incarnation: due for incarnation, due in self._reported.items() if due > now}
+        self._reported[node.incarnation] = now + REPORT_PAUSE
+        self._tasks.spawn(self._report(node, observation), f"member: report {node.hostname}")
+
+    async def _report(self, node: Node, observation: str) -> None:
+        current = self.view.by_incarnation(node.incarnation)
+        if current is None or current.state is NodeState.FAILED:
+            return
+        request = pb.ReportUnreachableRequest(
+            hostname=node.hostname,
+            incarnation=node.incarnation,
+            observation=observation,
+            refused=await refused(node.address, node.port),
+        )
+        try:
+            await self._ask(lambda stub: stub.ReportUnreachable(request, timeout=CALL_TIMEOUT))
+        except (grpc.RpcError, Refused) as error:
+            log.debug("report_failed", node=node.hostname, reason=str(error))
 
     def cleaning(self, incarnation: str) -> None:
         """This node cleans up after one that went; its name is not given to another start before that is done."""
@@ -148,17 +202,55 @@ class Member:
         cpu, memory = self._load()
         request = pb.BeatRequest(
             hostname=self.node.hostname, incarnation=self.node.incarnation, state=state_message(self._state),
-            cpu_usage=cpu, mem_usage=memory,
+            cpu_usage=cpu, mem_usage=memory, cleaned_through=self.cleaned_through,
         )  # fmt: skip
         try:
-            await self._ask(lambda stub: stub.Beat(request, timeout=CALL_TIMEOUT))
+            await self._ask(lambda stub: stub.Beat(request, timeout=BEAT_TIMEOUT))
+            self._renewed = self._clock()
         except grpc.RpcError as error:
             if reason(error) == ErrorReason.ERROR_REASON_NOT_A_MEMBER:
-                log.error("expelled", node=self.node.hostname, incarnation=self.node.incarnation)
-                self._joined = False
-                self._expelled()
-            else:
-                log.debug("beat_missed", reason=describe(error))
+                self._put_out("the cluster has put this node out: it had been silent for too long")
+                return
+            log.debug("beat_missed", reason=describe(error))
+            if self._joined and self._clock() - self._renewed >= self._lease / 2:
+                await self._beat_through_peers(request)
+
+    async def _beat_through_peers(self, request: pb.BeatRequest) -> None:
+        """No registry of ours can write the beat: what peers say tells what is wrong (DESIGN 7, cuts)."""
+        peers = self._peers()
+        answers = await asyncio.gather(*(self._try_peer(channel, request) for _, channel in peers))
+        if Peer.TOOK in answers:
+            self._renewed = self._clock()
+            if self._needs_database:
+                self._put_out("this node does not reach the database, and its peers do")
+            return
+        if Peer.PUT_OUT in answers:
+            self._put_out("the cluster has put this node out: it had been silent for too long")
+            return
+        if Peer.DATABASE_AWAY in answers or not peers:
+            return  # the database is away for all of us, or there is nobody but us: all goes on
+        if self._clock() - self._renewed < self._lease:
+            return
+        dead = await asyncio.gather(*(refused(node.address, node.port) for node, _ in peers))
+        if not all(dead):
+            self._put_out("this node reaches neither the database nor any of its peers")
+
+    async def _try_peer(self, channel: Any, request: pb.BeatRequest) -> Peer:
+        try:
+            stub: Any = RegistryServiceStub(channel)
+            await stub.Beat(request, timeout=PEER_TIMEOUT)
+        except grpc.RpcError as error:
+            why = reason(error)
+            if why == ErrorReason.ERROR_REASON_DATABASE_AWAY:
+                return Peer.DATABASE_AWAY
+            return Peer.PUT_OUT if why == ErrorReason.ERROR_REASON_NOT_A_MEMBER else Peer.SILENT
+        return Peer.TOOK
+
+    def _put_out(self, why: str) -> None:
+        if self._joined:
+            log.error("put_out", node=self.node.hostname, incarnation=self.node.incarnation, reason=why)
+            self._joined = False
+            self._expelled(why)
 
     # --- the view ---
 

@@ -11,10 +11,15 @@ import asyncio
 import gc
 import signal
 from asyncio import sslproto
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+from tidings.api.node.v1.node_pb2 import DESCRIPTOR as NODE_DESCRIPTOR
+from tidings.api.node.v1.node_pb2 import DrainRequest, DrainResponse
+from tidings.api.node.v1.node_pb2_grpc import NodeServiceServicer, add_NodeServiceServicer_to_server
 from tidings.cluster.node import NodeState
 from tidings.kit.admin import AdminServer
 from tidings.kit.channel import Channels, dial
@@ -34,6 +39,7 @@ log = get_logger("server")
 
 # Seconds to wait for a registry before the start is given up.
 JOIN_PATIENCE = 60.0
+FOREVER = 10.0 * 365 * 86400
 # Seconds that others' calls get when the server stops.
 SERVER_GRACE = 0.5
 # Seconds that a service may take to stop.
@@ -43,14 +49,44 @@ STOP_TIMEOUT = 5.0
 GC_THRESHOLD = (20_000, 20, 50)
 
 
+class Then(Enum):
+    """What follows when a process ends by itself."""
+
+    STOP = "stop"
+    FAIL = "fail"
+    # Another start of the same node, under a new incarnation.
+    JOIN_AGAIN = "join again"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a process ends, and what then."""
+
+    reason: str
+    then: Then
+
+
+class NodeApi(NodeServiceServicer):
+    """Serves node.v1."""
+
+    def __init__(self, drain: Callable[[str], None]) -> None:
+        self._drain = drain
+
+    async def Drain(self, request: DrainRequest, context: Any) -> DrainResponse:
+        self._drain(request.asked_by)
+        return DrainResponse()
+
+
 class Process:
     """A running process of services. `start` and `stop` once each."""
 
-    def __init__(self, options: Options, specs: Sequence[ServiceSpec]) -> None:
+    def __init__(self, options: Options, specs: Sequence[ServiceSpec], patience: float = JOIN_PATIENCE) -> None:
+        """`patience`: seconds to wait for a registry that lets this node in."""
         self._options = options
+        self._patience = patience
         self._specs = list(specs)
         self._undo = AsyncExitStack()
-        self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._waiting_for = "starting"
         self._services: list[tuple[str, Service]] = []
         self.context: Context | None = None
@@ -74,7 +110,7 @@ class Process:
                 [f"{', '.join(names)} without a registry: set --registry=HOST:{options['cluster-port']}"]
             )
         metrics = Metrics()
-        tasks = Tasks(lambda name, error: self.end(f"the task {name!r} died: {error}"))
+        tasks = Tasks(lambda name, error: self.end(f"the task {name!r} died: {error}", Then.FAIL))
         self._undo.push_async_callback(tasks.stop)
 
         accepted = authorities(options)
@@ -90,7 +126,20 @@ class Process:
 
         roots = b"".join(authority.pem for authority in accepted)
         joining: list[Any] = []
-        member = Member(node, lambda: joining, tasks, load, lambda: self.end("the cluster has put this node out"))
+        member = Member(
+            node,
+            lambda: joining,
+            tasks,
+            load,
+            lambda why: self.end(why, Then.JOIN_AGAIN),
+            peers=lambda: [
+                (peer, channels.to(peer))
+                for peer in member.view.with_service("registry")
+                if peer.incarnation != node.incarnation and peer.state is not NodeState.FAILED
+            ],
+            lease=options["cluster-lease"],
+            needs_database=_needs_database(self._specs),
+        )
         server = ClusterServer(
             cluster_addresses(options), options["cluster-port"], keys,
             lambda: roots + b"".join(node.certificate.encode() for node in member.view),
@@ -108,6 +157,11 @@ class Process:
             self._undo.push_async_callback(channel.close)
             joining.append(channel)
 
+        server.add(
+            add_NodeServiceServicer_to_server,
+            NodeApi(lambda who: self.end(f"{who} asked this node to drain", Then.STOP)),
+            NODE_DESCRIPTOR.services_by_name["NodeService"].full_name,
+        )
         context = Context(options, node, member, channels, server, database, tasks, metrics)
         built = [self._build(spec, context, server) for spec in self._specs]
         self.context = context
@@ -122,8 +176,9 @@ class Process:
                 await self._start_service(spec_name, service)
                 server.open(served)
         self._waiting_for = "waiting for a registry"
-        await member.join(JOIN_PATIENCE)
+        await member.join(self._patience)
         self._undo.push_async_callback(member.leave)
+        member.on_change(lambda _view: server.view_changed())
         member.on_change(lambda view: self._close_channels(channels, tasks, {one.incarnation for one in view}))
         for spec_name, service, served in built:
             if spec_name != "registry":
@@ -172,27 +227,35 @@ class Process:
 
     # --- ending ---
 
-    def end(self, reason: str) -> None:
+    @property
+    def drain_timeout(self) -> float:
+        return float(self._options["drain-timeout"])
+
+    def end(self, reason: str, then: Then) -> None:
         """Makes `ended` return: something happened with which this process can't go on."""
         if not self._ended.done():
-            self._ended.set_result(reason)
+            self._ended.set_result(Ending(reason, then))
 
-    async def ended(self) -> str:
-        """Waits until the process should end by itself; the reason."""
+    async def ended(self) -> Ending:
+        """Waits until the process should end by itself: why, and what then."""
         return await asyncio.shield(self._ended)
 
-    async def stop(self) -> None:
-        """Takes nothing new, says goodbye to clients, leaves the cluster, closes everything."""
+    async def stop(self, drain: bool = True) -> None:
+        """Takes nothing new, says goodbye to clients, hands over, leaves the cluster, closes everything.
+
+        Without `drain` nothing is handed over: it is others' already.
+        """
         self._waiting_for = "stopping"
-        if self._member is not None:
-            await self._member.set_state(NodeState.DRAINING)
-        if self._server is not None:
-            await self._server.set_serving(False)
-        for name, service in reversed(self._services):
-            try:
-                await service.drain()
-            except Exception:
-                log.exception("drain_failed", service=name)
+        if drain:
+            if self._member is not None:
+                await self._member.set_state(NodeState.DRAINING)
+            if self._server is not None:
+                await self._server.set_serving(False)
+            for name, service in reversed(self._services):
+                try:
+                    await service.drain()
+                except Exception:
+                    log.exception("drain_failed", service=name)
         await self._undo.aclose()
 
 
@@ -222,19 +285,34 @@ def select(names: Sequence[str]) -> list[ServiceSpec]:
 
 
 async def serve(options: Options, names: Sequence[str], ready: Any = None) -> int:
-    """Runs a process until it is told to stop; the exit code."""
-    process = Process(options, select(names))
+    """Runs a process until it is told to stop; the exit code. A node that was put out joins again."""
     loop = asyncio.get_running_loop()
-    told: asyncio.Event = asyncio.Event()
+    told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
+    specs = select(names)
+    patience = JOIN_PATIENCE
+    while True:
+        ending = await _serve_once(Process(options, specs, patience), told, ready)
+        ready = None
+        if ending is None or ending.then is Then.STOP:
+            return 0
+        if ending.then is Then.FAIL:
+            return 1
+        # It had its place in the cluster; it gets it back when the cluster can be reached, however late.
+        patience = FOREVER
+
+
+async def _serve_once(process: Process, told: asyncio.Event, ready: Any) -> Ending | None:
+    """One start of a node; None when a signal ended it."""
+    loop = asyncio.get_running_loop()
     starting = loop.create_task(process.start())
     waiting = loop.create_task(told.wait())
     await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        return 0
+        return None
     await starting
     gc.collect()
     gc.freeze()
@@ -243,21 +321,29 @@ async def serve(options: Options, names: Sequence[str], ready: Any = None) -> in
         await ready(process)
     ending = loop.create_task(process.ended())
     await asyncio.wait((waiting, ending), return_when=asyncio.FIRST_COMPLETED)
-    if ending.done():
-        log.error("ending", reason=ending.result())
-    else:
+    ended = ending.result() if ending.done() else None
+    if ended is None:
         log.info("stopping")
-        # The second signal forces (DESIGN: the first drains).
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-    try:
-        async with asyncio.timeout(options["drain-timeout"]):
-            await process.stop()
-    except TimeoutError:
-        log.error("stopped_hard", after_s=options["drain-timeout"])
+    else:
+        (log.info if ended.then is Then.STOP else log.error)("ending", reason=ended.reason, then=ended.then.value)
     for task in (waiting, ending):
         task.cancel()
-    return 1 if ending.done() and not ending.cancelled() else 0
+    await _stop(process, told, drain=ended is None or ended.then is not Then.JOIN_AGAIN)
+    return ended
+
+
+async def _stop(process: Process, told: asyncio.Event, drain: bool) -> None:
+    """Drains and stops; the second signal forces, and so does the deadline."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    try:
+        async with asyncio.timeout(process.drain_timeout):
+            await process.stop(drain)
+    except TimeoutError:
+        log.error("stopped_hard", after_s=process.drain_timeout)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
 
 
 def run(options: Options, names: Sequence[str], ready: Any = None) -> int:

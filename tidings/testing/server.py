@@ -180,9 +180,9 @@ class Installation:
 
     # --- its API ---
 
-    def dial(self, address: str, name: str = "test") -> Any:
+    def dial(self, address: str, name: str = "test", node: int = 0) -> Any:
         """A channel of grpc.aio, as a client of this machine."""
-        accepted = authorities(load(self.arguments(), {}))
+        accepted = authorities(load(self.arguments(node), {}))
         pair = accepted[0].issue([f"{URI_CLIENT}{name}"], name)
         return dial(address, self.cluster_port, b"".join(one.pem for one in accepted), pair)
 

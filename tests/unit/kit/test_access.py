@@ -7,6 +7,7 @@ from cryptography import x509
 
 from tidings.api.component.v1 import component_pb2
 from tidings.api.connector.v1 import connector_pb2
+from tidings.api.node.v1 import node_pb2
 from tidings.api.pubsub.v1 import pubsub_pb2
 from tidings.api.registry.v1 import registry_pb2
 from tidings.api.router.v1 import account_pb2, router_pb2
@@ -25,18 +26,19 @@ from tidings.kit.pki import (
 
 METHODS = [
     f"{service.full_name}/{method.name}"
-    for module in (registry_pb2, router_pb2, account_pb2, connector_pb2, component_pb2, pubsub_pb2)
+    for module in (node_pb2, registry_pb2, router_pb2, account_pb2, connector_pb2, component_pb2, pubsub_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
 CALLERS = {
+    "registry": Caller("node", "n", frozenset({"registry"})),
     "router": Caller("node", "n", frozenset({"router"})),
     "connector": Caller("node", "n", frozenset({"connector"})),
     "pubsub": Caller("node", "n", frozenset({"pubsub"})),
     "joiner": Caller("joiner", "n"),
     "client": Caller("client", "c"),
 }
-ANY_NODE = {"router", "connector", "pubsub"}
+ANY_NODE = {"registry", "router", "connector", "pubsub"}
 WHO = {
     "RegistryService/Join": {*ANY_NODE, "joiner"},
     "RegistryService/Beat": ANY_NODE,
@@ -44,6 +46,9 @@ WHO = {
     "RegistryService/ListNodes": {*ANY_NODE, "joiner", "client"},
     "RegistryService/WatchNodes": {*ANY_NODE, "joiner", "client"},
     "RegistryService/ReportUnreachable": ANY_NODE,
+    "RegistryService/ProbeNode": {"registry"},
+    "RegistryService/DrainNode": {"client"},
+    "NodeService/Drain": {"registry"},
     "RouterService/Attach": {"connector"},
     "RouterService/Forward": {"router"},
     "RouterService/AdoptSession": {"router"},

@@ -15,6 +15,7 @@ from services.registry.store_memory import MemoryNodeStore
 from tidings.api.registry.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
 from tidings.cluster.node import Node, NodeState
 from tidings.kit import membership
+from tidings.kit.channel import Channels
 from tidings.kit.grpc_server import ClusterServer
 from tidings.kit.identity import Caller
 from tidings.kit.membership import Member, Refused
@@ -37,7 +38,7 @@ class Registry:
         self.server = ClusterServer([], 0, KEYS, lambda: b"", lambda _: None, Caller("local", "n1"))
         self.server.add(
             add_RegistryServiceServicer_to_server,
-            RegistryApi(self.members),
+            RegistryApi(self.members, Channels(KEYS, "registry", None)),
             "tidings.api.registry.v1.RegistryService",
         )
         self.channels = [self.server.local_channel()]
@@ -63,7 +64,7 @@ async def tasks() -> AsyncIterator[Tasks]:
     await owner.stop()
 
 
-def member(registry: Registry, tasks: Tasks, node: Node = NODE, expelled: Any = lambda: None) -> Member:
+def member(registry: Registry, tasks: Tasks, node: Node = NODE, expelled: Any = lambda _why: None) -> Member:
     return Member(node, lambda: registry.channels, tasks, lambda: (1.0, 2.0), expelled)
 
 
@@ -120,7 +121,7 @@ async def test_with_the_registry_away_the_last_view_holds_and_it_is_found_again(
 
 async def test_who_was_put_out_is_told_once(registry: Registry, tasks: Tasks) -> None:
     told = asyncio.Event()
-    first = member(registry, tasks, expelled=told.set)
+    first = member(registry, tasks, expelled=lambda _why: told.set())
     await first.join(5)
     await registry.store.leave("n1", "i1")
     await asyncio.wait_for(told.wait(), 5)

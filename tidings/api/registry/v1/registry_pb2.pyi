@@ -274,18 +274,22 @@ class ReportUnreachableRequest(google.protobuf.message.Message):
     HOSTNAME_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     OBSERVATION_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     incarnation: builtins.str
     observation: builtins.str
     """What the caller saw, for the log: "connection refused", "deadline exceeded", …"""
+    refused: builtins.bool
+    """A new connection to its own address was refused: there is no process any more."""
     def __init__(
         self,
         *,
         hostname: builtins.str = ...,
         incarnation: builtins.str = ...,
         observation: builtins.str = ...,
+        refused: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["hostname", b"hostname", "incarnation", b"incarnation", "observation", b"observation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hostname", b"hostname", "incarnation", b"incarnation", "observation", b"observation", "refused", b"refused"]) -> None: ...
 
 global___ReportUnreachableRequest = ReportUnreachableRequest
 
@@ -298,3 +302,67 @@ class ReportUnreachableResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___ReportUnreachableResponse = ReportUnreachableResponse
+
+@typing.final
+class ProbeNodeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOSTNAME_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    hostname: builtins.str
+    incarnation: builtins.str
+    def __init__(
+        self,
+        *,
+        hostname: builtins.str = ...,
+        incarnation: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hostname", b"hostname", "incarnation", b"incarnation"]) -> None: ...
+
+global___ProbeNodeRequest = ProbeNodeRequest
+
+@typing.final
+class ProbeNodeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REFUSED_FIELD_NUMBER: builtins.int
+    refused: builtins.bool
+    def __init__(
+        self,
+        *,
+        refused: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["refused", b"refused"]) -> None: ...
+
+global___ProbeNodeResponse = ProbeNodeResponse
+
+@typing.final
+class DrainNodeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOSTNAME_FIELD_NUMBER: builtins.int
+    hostname: builtins.str
+    def __init__(
+        self,
+        *,
+        hostname: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hostname", b"hostname"]) -> None: ...
+
+global___DrainNodeRequest = DrainNodeRequest
+
+@typing.final
+class DrainNodeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: builtins.int
+    incarnation: builtins.str
+    """The start of the node that drains now."""
+    def __init__(
+        self,
+        *,
+        incarnation: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation"]) -> None: ...
+
+global___DrainNodeResponse = DrainNodeResponse

@@ -72,6 +72,16 @@ class RegistryServiceStub(object):
                 request_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableRequest.SerializeToString,
                 response_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableResponse.FromString,
                 _registered_method=True)
+        self.ProbeNode = channel.unary_unary(
+                '/tidings.api.registry.v1.RegistryService/ProbeNode',
+                request_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeRequest.SerializeToString,
+                response_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/tidings.api.registry.v1.RegistryService/DrainNode',
+                request_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer(object):
@@ -135,6 +145,23 @@ class RegistryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeNode(self, request, context):
+        """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
+        is declared dead on two such findings, from two nodes where there are two.
+        Errors: NOT_FOUND when the view has no such incarnation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Tells a node to drain and leave. Returns when the node has taken the order; watch it leave.
+        Errors: NOT_FOUND (no such node), UNAVAILABLE (it does not answer).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -167,6 +194,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ReportUnreachable,
                     request_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableRequest.FromString,
                     response_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableResponse.SerializeToString,
+            ),
+            'ProbeNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeNode,
+                    request_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeRequest.FromString,
+                    response_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.DrainNodeRequest.FromString,
+                    response_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.DrainNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -339,6 +376,60 @@ class RegistryService(object):
             '/tidings.api.registry.v1.RegistryService/ReportUnreachable',
             tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableRequest.SerializeToString,
             tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidings.api.registry.v1.RegistryService/ProbeNode',
+            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeRequest.SerializeToString,
+            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidings.api.registry.v1.RegistryService/DrainNode',
+            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.DrainNodeRequest.SerializeToString,
+            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.DrainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

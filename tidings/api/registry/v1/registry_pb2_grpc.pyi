@@ -77,6 +77,23 @@ class RegistryServiceStub:
     Errors: NOT_FOUND when the view has no such incarnation.
     """
 
+    ProbeNode: grpc.UnaryUnaryMultiCallable[
+        tidings.api.registry.v1.registry_pb2.ProbeNodeRequest,
+        tidings.api.registry.v1.registry_pb2.ProbeNodeResponse,
+    ]
+    """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
+    is declared dead on two such findings, from two nodes where there are two.
+    Errors: NOT_FOUND when the view has no such incarnation.
+    """
+
+    DrainNode: grpc.UnaryUnaryMultiCallable[
+        tidings.api.registry.v1.registry_pb2.DrainNodeRequest,
+        tidings.api.registry.v1.registry_pb2.DrainNodeResponse,
+    ]
+    """Tells a node to drain and leave. Returns when the node has taken the order; watch it leave.
+    Errors: NOT_FOUND (no such node), UNAVAILABLE (it does not answer).
+    """
+
 class RegistryServiceAsyncStub:
     """RegistryService fronts the table `cluster_nodes`: who is in the cluster, and who failed.
 
@@ -134,6 +151,23 @@ class RegistryServiceAsyncStub:
     ]
     """Tells that the caller could not reach a node. A report makes the registry look; it proves nothing.
     Errors: NOT_FOUND when the view has no such incarnation.
+    """
+
+    ProbeNode: grpc.aio.UnaryUnaryMultiCallable[
+        tidings.api.registry.v1.registry_pb2.ProbeNodeRequest,
+        tidings.api.registry.v1.registry_pb2.ProbeNodeResponse,
+    ]
+    """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
+    is declared dead on two such findings, from two nodes where there are two.
+    Errors: NOT_FOUND when the view has no such incarnation.
+    """
+
+    DrainNode: grpc.aio.UnaryUnaryMultiCallable[
+        tidings.api.registry.v1.registry_pb2.DrainNodeRequest,
+        tidings.api.registry.v1.registry_pb2.DrainNodeResponse,
+    ]
+    """Tells a node to drain and leave. Returns when the node has taken the order; watch it leave.
+    Errors: NOT_FOUND (no such node), UNAVAILABLE (it does not answer).
     """
 
 class RegistryServiceServicer(metaclass=abc.ABCMeta):
@@ -205,6 +239,27 @@ class RegistryServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[tidings.api.registry.v1.registry_pb2.ReportUnreachableResponse, collections.abc.Awaitable[tidings.api.registry.v1.registry_pb2.ReportUnreachableResponse]]:
         """Tells that the caller could not reach a node. A report makes the registry look; it proves nothing.
         Errors: NOT_FOUND when the view has no such incarnation.
+        """
+
+    @abc.abstractmethod
+    def ProbeNode(
+        self,
+        request: tidings.api.registry.v1.registry_pb2.ProbeNodeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidings.api.registry.v1.registry_pb2.ProbeNodeResponse, collections.abc.Awaitable[tidings.api.registry.v1.registry_pb2.ProbeNodeResponse]]:
+        """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
+        is declared dead on two such findings, from two nodes where there are two.
+        Errors: NOT_FOUND when the view has no such incarnation.
+        """
+
+    @abc.abstractmethod
+    def DrainNode(
+        self,
+        request: tidings.api.registry.v1.registry_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidings.api.registry.v1.registry_pb2.DrainNodeResponse, collections.abc.Awaitable[tidings.api.registry.v1.registry_pb2.DrainNodeResponse]]:
+        """Tells a node to drain and leave. Returns when the node has taken the order; watch it leave.
+        Errors: NOT_FOUND (no such node), UNAVAILABLE (it does not answer).
         """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
