@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import secrets
 import ssl
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from services.connector.transports.tcp import HANDSHAKE_TIMEOUT, Flusher, TcpCon
 from tidings.api.connector.v1.connector_pb2 import DESCRIPTOR
 from tidings.api.connector.v1.connector_pb2_grpc import add_ConnectorServiceServicer_to_server
 from tidings.api.router.v1.router_pb2 import TlsInfo
+from tidings.cluster.node import NodeState
 from tidings.kit.logging import get_logger
 from tidings.kit.ports import PortInUse, port_holder
 from tidings.kit.service import Context
@@ -42,6 +44,8 @@ class Connector:
     def __init__(self, context: Context) -> None:
         options = context.options
         self._options = options
+        self._member = context.member
+        self._incarnation = context.node.incarnation
         self._tasks = context.tasks
         self._hosts: list[str] = options["virt-hosts"]
         self._certificates = Certificates(self._hosts, options)
@@ -122,8 +126,27 @@ class Connector:
         self._servers.append(server)
 
     async def drain(self) -> None:
+        """Takes no new streams, and tells those that are there where to go."""
         for server in self._servers:
             server.close()
+        elsewhere = self._elsewhere()
+        for stream in self.streams:
+            stream.drain(elsewhere)
+        await self._streams_gone()
+
+    def _elsewhere(self) -> str:
+        """Another node's connector, as <see-other-host/> has it (RFC 6120 4.9.3.19); '' where there is none."""
+        others = [
+            node
+            for node in self._member.view.with_service("connector")
+            if node.state is NodeState.UP and node.incarnation != self._incarnation
+        ]
+        if not others:
+            return ""
+        node = secrets.choice(others)
+        host = node.secondary or node.address
+        ports = self._options["c2s-ports"]
+        return f"[{host}]:{ports[0]}" if ":" in host else f"{host}:{ports[0]}"
 
     async def stop(self) -> None:
         for server in self._servers:
@@ -131,6 +154,9 @@ class Connector:
         self._servers.clear()
         for stream in self.streams:
             stream.close("system-shutdown")
+        await self._streams_gone()
+
+    async def _streams_gone(self) -> None:
         # What was queued for the clients leaves with the next ticks.
         deadline = asyncio.get_running_loop().time() + STOP_GRACE
         while len(self.streams) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - bounded

@@ -353,6 +353,13 @@ class ClientStream:
         # RFC 6120 4.4: the client may still answer with its own closing tag; it gets a moment.
         self._connection.close()
 
+    def drain(self, elsewhere: str) -> None:
+        """The connector takes its leave: a client without a session is sent to another one."""
+        if self.session or not elsewhere:
+            self.close("system-shutdown")
+        else:
+            self.close("see-other-host", condition_text=elsewhere)
+
     def refuse(self) -> None:
         """Turns a connection away that has only just been made: its address has too many."""
         self._ended = True

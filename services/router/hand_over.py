@@ -133,6 +133,10 @@ class HandOver:
         if ready is not None and not ready.done():
             ready.set_result(None)
 
+    def ended(self, session: Session) -> None:
+        """The session is over: nothing needs to be waited for."""
+        self.ready(session)
+
     async def _move(self, session: Session, node: Node) -> None:
         async with self._slots:
             link = session.link

@@ -276,6 +276,7 @@ class Negotiator:
             session.link.unbound(session)
             session.link = None
         self.routing.deliveries.deadlines.ended(session)
+        self.hand_over.ended(session)
         self.routing.strategy.session_closed(session.account, session.jid.resource)
         if not await self._binding.give_up(session):
             for left in self._hooks.session_left:
