@@ -355,7 +355,10 @@ class ClientStream:
 
     def drain(self, elsewhere: str) -> None:
         """The connector takes its leave: a client without a session is sent to another one."""
-        if self.session or not elsewhere:
+        if self.session and (to_router := self._to_router()) is not None:
+            # The router closes it, behind all that is on its way to this client.
+            to_router.leaving.SetInParent()
+        elif self.session or not elsewhere:
             self.close("system-shutdown")
         else:
             self.close("see-other-host", condition_text=elsewhere)

@@ -9,6 +9,7 @@ from services.router import module_loader
 from services.router.account_api import AccountApi
 from services.router.authentication import Authentication
 from services.router.binding import Binding
+from services.router.cluster_news import ClusterNews
 from services.router.component_links import ComponentApi, ComponentLinks
 from services.router.forward_links import ForwardLinks
 from services.router.grpc_api import RouterApi
@@ -83,6 +84,7 @@ class Router:
         self._orphans = Orphans(own, table, routing, hooks, tasks.spawn, context.member)
         self._binding = Binding(own, sessions, table, self._orphans, context.member, context.channels, tasks.spawn)
         self._hand_over = HandOver(own, sessions, table, routing, self._tickets, hooks, context.channels, tasks.spawn)
+        self._news = ClusterNews(sessions, routing.deliveries, lambda: _admins(options))
         iterations = _per_host_iterations(options)
         authentication = Authentication(self._accounts, iterations, lambda: bool(options["c2s-allow-plaintext"]))
         negotiator = Negotiator(
@@ -158,6 +160,7 @@ class Router:
         self._links.view_applied(view)
         self._hand_over.view_changed(view)
         self._orphans.view_changed(view)
+        self._news.view_changed(view)
 
     async def _give_up_waiting(self) -> None:
         while True:
@@ -191,6 +194,11 @@ class StrategyContext:
 def allowed_to(options: Options, name: str) -> Iterable[str]:
     """What a component of this name may register."""
     return (*BUILT_IN_COMPONENTS.get(name, ()), *options.for_name("component-allow", name))
+
+
+def _admins(options: Options) -> list[str]:
+    """The administrators of the cluster, and of each virtual host."""
+    return sorted({admin for host in options["virt-hosts"] for admin in options.for_host(host, "admins")})
 
 
 def _per_host_iterations(options: Options) -> Callable[[str], int]:

@@ -113,6 +113,9 @@ class ConnectorLink:
         elif which == "move_ready":
             if stream.session is not None:
                 self._negotiator.hand_over.ready(stream.session)
+        elif which == "leaving":
+            if stream.session is not None:
+                stream.session.lane.run(self._negotiator.dismiss, stream.session)
         elif which == "closed":
             self._streams.pop(number, None)
             log.debug("stream_closed", stream=number, clean=event.closed.clean, reason=event.closed.reason)

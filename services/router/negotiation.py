@@ -292,6 +292,13 @@ class Negotiator:
             except Exception:
                 log.exception("session_end_failed", session=session.id)
 
+    async def dismiss(self, session: Session) -> None:
+        """Its connector drains: the session ends, and then its stream, so that nothing is sent into the void."""
+        link = session.link
+        await self.end(session)
+        if link is not None:
+            link.close(session.stream, "system-shutdown")
+
     async def displace(self, session: Session) -> None:
         """RFC 6120 7.7.2.2: the newcomer wins, so that a client whose old connection hangs gets in again."""
         log.info("resource_conflict", account=session.account)

@@ -46,10 +46,18 @@ class Cluster:
     async def client(self, node: int, name: str, resource: str = "", available: bool = True) -> RawClient:
         """A session at a node, which has sent presence."""
         client = RawClient(self.installation.client_addresses[node], self.installation.port, "localhost")
-        await client.log_in(name, "secret", resource)
-        if available:
-            await client.send("<presence/>")
-            assert (await client.element()).get("from") == client.jid
+        try:
+            await client.log_in(name, "secret", resource)
+            earlier: list[Tree] = []
+            if available:
+                await client.send("<presence/>")
+                # What was sent to the account may come before the session's own presence does.
+                while (tree := await client.element()).get("from") != client.jid:
+                    earlier.append(tree)
+            client.put_back(earlier)
+        except BaseException:
+            await client.abort()
+            raise
         return client
 
     async def back(self, node: int, name: str, resource: str = "", timeout: float = 20.0) -> RawClient:
@@ -168,7 +176,7 @@ def cluster_of(mariadb: MariaDB, tmp_path: Path) -> Iterator[Callable[..., Clust
 
 @pytest.fixture
 def three(cluster_of: Callable[..., Cluster]) -> Cluster:
-    cluster = cluster_of(3)
+    cluster = cluster_of(3, ONE_PROCESS, "", "--debug=cluster,router,connector")
     cluster.installation.start()
     return cluster
 

@@ -15,7 +15,8 @@ OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("tidings.cli.run:run", "Run services: all, or those that are named."),
     "user": ("tidings.cli.user:user", "Add, change, remove and list accounts."),
-    "nodes": ("tidings.cli.nodes:nodes", "List the nodes of the cluster."),
+    "nodes": ("tidings.cli.nodes:nodes", "List the nodes of the cluster, or watch them live."),
+    "drain": ("tidings.cli.drain:drain", "Have a node hand over what it has, and leave."),
     "options": ("tidings.cli.options:options", "List all options with value, source and meaning."),
     "check": ("tidings.cli.check:check", "Look for what is wrong, and say how to mend it."),
     "cert": ("tidings.cli.cert:cert", "Make certificates for other programs."),
@@ -112,6 +113,11 @@ class Failed(Exception):
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for people."""
     from rich.console import Console
+
+    Console(file=sys.stdout).print(make_table(header, rows))
+
+
+def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -119,4 +125,4 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout).print(table)
+    return table

@@ -86,6 +86,31 @@ class CertificateAuthority:
         except (OSError, ValueError) as error:
             raise PkiError(f"{path} can't be used as a certificate authority: {error}") from error
 
+    @classmethod
+    def new(cls, name: str) -> CertificateAuthority:
+        """An authority with a new key, to be kept in files."""
+        key = ec.generate_private_key(_CURVE)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+        certificate = _builder(subject, subject, key.public_key(), authority=True).sign(key, hashes.SHA256())
+        return cls(certificate, key)
+
+    @classmethod
+    def from_files(cls, certificate: Path, key: Path) -> CertificateAuthority:
+        """An authority that can sign. Raises PkiError."""
+        try:
+            loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+        except (OSError, ValueError, TypeError) as error:
+            raise PkiError(f"{key} can't be used as the key of a certificate authority: {error}") from error
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+            raise PkiError(f"{key} is no key on an elliptic curve; `tidings cert ca` makes one")
+        return cls(cls.from_file(certificate)._certificate, loaded)
+
+    def key_pem(self) -> bytes:
+        """Its private key. Raises PkiError when it is known by its certificate alone."""
+        if self._key is None:
+            raise PkiError("this authority is known by its certificate alone")
+        return _private_pem(self._key)
+
     @property
     def pem(self) -> bytes:
         return self._certificate.public_bytes(serialization.Encoding.PEM)

@@ -196,6 +196,7 @@ class StreamEvent(google.protobuf.message.Message):
     CLOSED_FIELD_NUMBER: builtins.int
     MOVE_READY_FIELD_NUMBER: builtins.int
     ATTACH_FIELD_NUMBER: builtins.int
+    LEAVING_FIELD_NUMBER: builtins.int
     stream: builtins.int
     """The number of the stream at its connector, never used twice in an incarnation."""
     position: builtins.int
@@ -224,6 +225,12 @@ class StreamEvent(google.protobuf.message.Message):
     def attach(self) -> global___SessionAttach:
         """The stream of a session that this router has adopted."""
 
+    @property
+    def leaving(self) -> global___StreamLeaving:
+        """The connector drains: the router ends the session, then closes the stream behind all that it has sent to
+        it. What comes for the account from then on is stored, or goes to its other sessions.
+        """
+
     def __init__(
         self,
         *,
@@ -237,12 +244,23 @@ class StreamEvent(google.protobuf.message.Message):
         closed: global___StreamClosed | None = ...,
         move_ready: global___MoveReady | None = ...,
         attach: global___SessionAttach | None = ...,
+        leaving: global___StreamLeaving | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "move_ready", b"move_ready", "opened", b"opened", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "move_ready", b"move_ready", "opened", b"opened", "position", b"position", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza", "stream", b"stream"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["opened", "sasl_initiate", "sasl_response", "sasl_abort", "stanza", "closed", "move_ready", "attach"] | None: ...
+    def HasField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "leaving", b"leaving", "move_ready", b"move_ready", "opened", b"opened", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "leaving", b"leaving", "move_ready", b"move_ready", "opened", b"opened", "position", b"position", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza", "stream", b"stream"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["opened", "sasl_initiate", "sasl_response", "sasl_abort", "stanza", "closed", "move_ready", "attach", "leaving"] | None: ...
 
 global___StreamEvent = StreamEvent
+
+@typing.final
+class StreamLeaving(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___StreamLeaving = StreamLeaving
 
 @typing.final
 class MoveReady(google.protobuf.message.Message):

@@ -1,0 +1,375 @@
+"""A simulated cluster of routers: the real forwarding and a strategy in each, over a bad network, in simulated time.
+
+`tidings.testing.strategies` plays scenarios in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tidings.cluster.forwarding import Forwarder, Item, Mode, Pending, Sent
+from tidings.cluster.node import Node, NodeState
+from tidings.cluster.strategy import Factory, Plan
+from tidings.cluster.view import ClusterView
+
+# Simulated seconds: the longest that a view may be late, and between two attempts to send what is not confirmed.
+VIEW_LAG = 10.0
+RESEND = 0.3
+# One message may be sent between routers so often; more would be a loop.
+MOST_HOPS = 40
+
+
+@dataclass(eq=False)
+class Session:
+    account: str
+    resource: str
+    # What it has got: (sender, number); and the last number that it took from each sender, which moves with it.
+    got: list[tuple[str, int]] = field(default_factory=list)
+    taken: dict[str, int] = field(default_factory=dict)
+    # Frozen for its move: what comes meanwhile.
+    held: list[Item] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    sender: str
+    number: int
+    to: str
+
+
+class World:
+    """Time, the network, the shared table of sessions and the store."""
+
+    def __init__(self, factory: Factory, seed: int) -> None:
+        self.factory = factory
+        self.random = random.Random(seed)  # noqa: S311 - a simulation
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self.routers: dict[str, Router] = {}
+        self.nodes: dict[str, Node] = {}
+        self.version = 0
+        # Full JID -> (router, session); the truth about who owns it.
+        self.table: dict[str, tuple[str, Session]] = {}
+        self.store: dict[str, set[tuple[str, int]]] = {}
+        self.stored_order: dict[str, list[tuple[str, int]]] = {}
+        self.sessions: list[Session] = []
+        self.sent: list[Message] = []
+        # Messages whose router has crashed with them, or whose receiver's router has: no promise.
+        self.excused: set[tuple[str, int]] = set()
+        self.hops: dict[tuple[str, int], int] = {}
+        # Messages that came twice to a session, which did not take them again; times that the table was asked.
+        self.doubles = 0
+        self.asked = 0
+        self.notes = 0
+        self.numbers: dict[str, int] = {}
+        self.late_views = VIEW_LAG
+
+    def later(self, delay: float, action: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (self.now + delay, self._count, action))
+
+    def run(self, until: float) -> None:
+        while self._events and self._events[0][0] <= until:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+        self.now = until
+
+    # --- nodes ---
+
+    def view(self) -> ClusterView:
+        return ClusterView(self.version, self.nodes.values())
+
+    def announce(self) -> None:
+        """A new version of the view, which reaches each router at a time of its own."""
+        self.version += 1
+        view = self.view()
+        for router in list(self.routers.values()):
+            self.later(self.random.uniform(0, self.late_views), lambda router=router: router.learn(view))  # type: ignore[misc]
+
+    def start(self, name: str) -> None:
+        incarnation = f"{name}.{self.version}"
+        self.nodes[name] = Node(name, incarnation, "127.0.0.1", 5777, ("router",), NodeState.UP)
+        router = self.routers[incarnation] = Router(self, incarnation)
+        self.version += 1
+        # A router that joins gets the view that it has joined with.
+        router.learn(self.view())
+        self.version -= 1
+        self.announce()
+
+    def drain(self, name: str) -> None:
+        node = self.nodes[name]
+        self.nodes[name] = Node(name, node.incarnation, "127.0.0.1", 5777, ("router",), NodeState.DRAINING)
+        self.announce()
+
+    def gone(self, name: str, crash: bool) -> None:
+        node = self.nodes.pop(name)
+        router = self.routers.pop(node.incarnation)
+        router.alive = False
+        for jid, (owner, session) in list(self.table.items()):
+            if owner == node.incarnation:
+                del self.table[jid]
+                session.held = None
+        if crash:
+            router.crashed()
+        self.announce()
+
+    # --- clients ---
+
+    def log_in(self, account: str, resource: str) -> None:
+        """At a router of chance; the strategy may want it elsewhere."""
+        session = Session(account, resource)
+        self.sessions.append(session)
+        at = self.random.choice([r for r in self.routers.values() if r.serving])
+        keeper = at.strategy.keeper(account) or at.own
+        at = self.routers.get(keeper, at)
+        self.table[f"{account}/{resource}"] = (at.own, session)
+        at.open(session)
+
+    def log_out(self, jid: str) -> None:
+        owner, session = self.table.pop(jid)
+        self.routers[owner].close(session)
+
+    def say(self, sender: str, to: str) -> None:
+        """The session of a sender's full JID writes to a JID."""
+        owner, session = self.table[sender]
+        if session.held is not None:
+            return  # it moves; its client's stanzas wait at the connector
+        self.numbers[sender] = number = self.numbers.get(sender, 0) + 1
+        message = Message(sender, number, to)
+        self.sent.append(message)
+        self.routers[owner].say(message)
+
+
+class Router:
+    """One router: the real forwarding, the strategy, and the rules in their simplest form."""
+
+    def __init__(self, world: World, own: str) -> None:
+        self.world = world
+        self.own = own
+        self.alive = True
+        self.here: dict[str, Session] = {}
+        self.strategy = world.factory(own, self)
+        self.forwarder = Forwarder(self.strategy, self)
+        self.links: dict[str, Link] = {}
+        self.heard: dict[str, int] = {}
+
+    @property
+    def serving(self) -> bool:
+        node = self.forwarder.view.by_incarnation(self.own)
+        return node is not None and node.state is NodeState.UP
+
+    # --- what it hears ---
+
+    def learn(self, view: ClusterView) -> None:
+        if not self.alive or view.version <= self.forwarder.view.version:
+            return
+        self.forwarder.view_changed(view)
+        for node in [node for node in self.links if view.by_incarnation(node) is None]:
+            self.links.pop(node).end()
+        for session in list(self.here.values()):
+            self._place(session)
+
+    def _place(self, session: Session) -> None:
+        """A session that belongs elsewhere is handed over."""
+        view = self.forwarder.view
+        keeper = self.strategy.keeper(session.account) or self.own
+        node = view.by_incarnation(self.own)
+        if keeper == self.own and node is not None and node.state is NodeState.DRAINING:
+            others = [other for other in view.with_service("router") if other.state is NodeState.UP]
+            keeper = others[0].incarnation if others else self.own
+        if keeper != self.own and session.held is None:
+            session.held = []
+            jid = f"{session.account}/{session.resource}"
+            self.world.later(self.world.random.uniform(0.01, 0.5), lambda: self._move(jid, keeper))
+
+    def _move(self, jid: str, keeper: str) -> None:
+        """The session goes to its keeper, unless that is gone by now."""
+        session = self.here.get(jid)
+        if not self.alive or session is None or self.world.table.get(jid) != (self.own, session):
+            return
+        if self.forwarder.under_way(session.account):
+            # What it has sent is dealt with first, so that nothing which it sends from there overtakes.
+            self.world.later(0.05, lambda: self._move(jid, keeper))
+            return
+        held, session.held = session.held or [], None
+        for item in held:
+            self._give(session, item.payload)
+        target = self.world.routers.get(keeper)
+        if target is not None:
+            self.world.table[jid] = (keeper, session)
+            self.close(session)
+            target.open(session)
+
+    # --- sessions ---
+
+    def open(self, session: Session) -> None:
+        self.here[f"{session.account}/{session.resource}"] = session
+        self.strategy.session_opened(session.account, session.resource)
+        self._place(session)
+
+    def close(self, session: Session) -> None:
+        self.here.pop(f"{session.account}/{session.resource}", None)
+        self.strategy.session_closed(session.account, session.resource)
+
+    def crashed(self) -> None:
+        """What it had taken and not given on is lost, and so is what its own sessions had sent through it."""
+        for link in self.links.values():
+            self.world.excused.update((s.item.payload.sender, s.item.payload.number) for s in link.unanswered())
+        for message in self.world.sent:
+            if message.sender in self.here:
+                self.world.excused.add((message.sender, message.number))
+
+    # --- stanzas ---
+
+    def say(self, message: Message) -> None:
+        account, _, resource = message.to.partition("/")
+        self.forwarder.run(Item((message.sender.partition("/")[0], account), account, resource, message))
+
+    def decide(self, item: Item, plan: Plan) -> Pending:
+        message: Message = item.payload
+        receivers = self._matching(item)
+        for session in receivers:
+            if session.held is not None:
+                session.held.append(item)
+            else:
+                self._give(session, message)
+        if item.mode is Mode.SESSIONS:
+            item.taken = bool(receivers)
+            return None
+        if plan.nodes and item.missed == 0:
+            self.forwarder.copies(item, plan, bool(receivers))
+        elif not receivers:
+            self._absent(item)
+        return None
+
+    def _absent(self, item: Item) -> None:
+        """Nobody took it: the table says whether somebody could; else it is stored."""
+        where = {owner for jid, (owner, _) in self.world.table.items() if jid.startswith(f"{item.account}/")}
+        where.discard(self.own)
+        self.world.asked += bool(where)
+        if item.missed < 2 and where:
+            item.missed = 2
+            self.forwarder.copies(item, Plan(nodes=tuple(sorted(where))), False)
+            return
+        message: Message = item.payload
+        self.world.store.setdefault(item.account, set()).add((message.sender, message.number))
+
+    def _matching(self, item: Item) -> list[Session]:
+        if item.resource:
+            match = self.here.get(f"{item.account}/{item.resource}")
+            return [match] if match else []
+        return [session for session in self.here.values() if session.account == item.account]
+
+    def _give(self, session: Session, message: Message) -> None:
+        if message.number <= session.taken.get(message.sender, 0):
+            self.world.doubles += 1
+            return
+        session.taken[message.sender] = message.number
+        session.got.append((message.sender, message.number))
+
+    # --- the port of the forwarder and the context of the strategy ---
+
+    def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
+        if item.mode is Mode.STRATEGY:
+            self.world.notes += 1
+        else:
+            name = (item.payload.sender, item.payload.number)
+            self.world.hops[name] = self.world.hops.get(name, 0) + 1
+            assert self.world.hops[name] <= MOST_HOPS, f"{name} goes round and round"
+        link = self.links.get(node)
+        if link is None:
+            link = self.links[node] = Link(self, node)
+        link.send(item, sent, self.forwarder.view.version, refusals_seen)
+
+    def wait(self, pending: Pending, then: Callable[[], None]) -> None:
+        raise AssertionError("nothing here takes time")
+
+    def overflowed(self, item: Item) -> None:
+        self.world.store.setdefault(item.account, set()).add((item.payload.sender, item.payload.number))
+
+    def tell(self, node: str, note: bytes) -> None:
+        self.forwarder.tell(node, note)
+
+    def sessions(self) -> list[str]:
+        return list(self.here)
+
+
+class Link:
+    """Numbered packets to one router over a network that delays, doubles, reorders and drops."""
+
+    def __init__(self, router: Router, node: str) -> None:
+        self.router = router
+        self.node = node
+        self.world = router.world
+        self.next = 0
+        self.packets: dict[int, tuple[Item, Sent, int, int]] = {}
+        self.waiting: dict[int, Sent] = {}
+        self.expected = 1
+        self.arrived: dict[int, Callable[[], None]] = {}
+        self.answers: dict[int, tuple[bool, int]] = {}
+        self.answered = 1
+        self.over = False
+
+    def unanswered(self) -> list[Sent]:
+        return [sent for sent in self.waiting.values() if isinstance(sent.item.payload, Message)]
+
+    def send(self, item: Item, sent: Sent, version: int, seen: int) -> None:
+        self.next += 1
+        self.packets[self.next] = (item, sent, version, seen)
+        self.waiting[self.next] = sent
+        self._transmit(self.next)
+
+    def _transmit(self, number: int) -> None:
+        if self.over or not self.router.alive or number not in self.packets:
+            return
+        chance = self.world.random
+        for _ in range(chance.choice((0, 1, 1, 1, 1, 2))):
+            self.world.later(chance.expovariate(20), lambda: self._arrive(number))
+        self.world.later(RESEND, lambda: self._transmit(number))
+
+    def _arrive(self, number: int) -> None:
+        target = self.world.routers.get(self.node)
+        if self.over or target is None or not target.alive:
+            return
+        if number < self.expected or number not in self.packets:
+            return
+        item, _, version, seen = self.packets[number]
+        self.arrived[number] = lambda: self._take(target, number, item, version, seen)
+        while self.expected in self.arrived:
+            self.arrived.pop(self.expected)()
+            self.expected += 1
+
+    def _take(self, target: Router, number: int, item: Item, version: int, seen: int) -> None:
+        self.packets.pop(number, None)
+
+        def answer(done: Item) -> None:
+            refused = not done.taken
+            by = target.forwarder.view.version if done.mode is Mode.DECIDE else 0
+            self.world.later(self.world.random.expovariate(20), lambda: self._answer(number, refused, by))
+
+        copy = Item(
+            item.flow, item.account, item.resource, item.payload, item.mode, source=self.router.own, answer=answer
+        )
+        target.forwarder.incoming(copy, version, seen)
+
+    def _answer(self, number: int, refused: bool, version: int) -> None:
+        """Answers are taken in the order of what they answer, as on a real link."""
+        self.answers[number] = (refused, version)
+        while self.answered in self.answers and not self.over and self.router.alive:
+            was_refused, by = self.answers.pop(self.answered)
+            sent = self.waiting.pop(self.answered)
+            self.answered += 1
+            if was_refused:
+                self.router.forwarder.refused(sent, by)
+            else:
+                self.router.forwarder.taken(sent)
+
+    def end(self) -> None:
+        self.over = True
+        waiting, self.waiting = self.waiting, {}
+        for sent in waiting.values():
+            self.router.forwarder.lost(sent)
