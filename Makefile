@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proto proto-check bench clean test-processes test-loopback test-mysql test-floor test-all test-packages python
+.PHONY: help run cluster test check proto proto-check bench clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
 
 help:  ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -16,13 +16,16 @@ help:  ## This list
 run: $(VENV)/.run  ## Install, and run a server on this machine
 	@exec $(BIN)/tidings run $(OPTIONS)
 
-test: $(VENV)/.test test-packages  ## Install what the tests need, and run them
-	$(BIN)/python -m pytest -q --durations=5
-	$(BIN)/python -m pytest -q tests/conformance/test_plays.py tests/contract/test_component.py --way=processes
-	$(BIN)/python -m pytest -q tests/conformance/test_violations.py --way=loopback
-	$(BIN)/python -m pytest -q tests/conformance/test_clients.py --loop=asyncio
+cluster: $(VENV)/.run test-packages  ## Start a database and three nodes on this machine, and show them
+	@exec $(BIN)/python -m tidings.testing.cluster_demo $(OPTIONS)
 
-test-all: test test-processes test-loopback test-mysql  ## All tests in every way of running
+test: $(VENV)/.test test-packages  ## Install what the tests need, and run them
+	@$(BIN)/python tests/run.py test
+
+test-all: test test-cluster test-processes test-loopback test-mysql  ## All tests in every way of running
+
+test-cluster: $(VENV)/.test test-packages  ## The plays on one node and on three in every way, and all drills on clusters
+	@$(BIN)/python tests/run.py cluster
 
 test-processes: $(VENV)/.test  ## The conformance tests with one process for each service
 	$(BIN)/python -m pytest -q tests/conformance tests/contract/test_component.py --way=processes
@@ -98,14 +101,15 @@ $(VENV)/.check: $(VENV)/.run
 	@$(PIP) --editable '.[check,test]'
 	@touch $@
 
-# Debian packages that tests need: a database server, installed where we may.
+# Debian packages that tests need: a database server, network namespaces, and clocks that are wrong.
+DEBIAN := mariadb-server-core mariadb-client-core iproute2 libfaketime
 test-packages:
-	@if ! command -v mariadbd >/dev/null; then \
+	@if ! { command -v mariadbd && command -v ip && ls /usr/lib/*/faketime/libfaketime.so.1; } >/dev/null 2>&1; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "installing mariadb-server-core and mariadb-client-core"; \
+	    echo "installing $(DEBIAN)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	      mariadb-server-core mariadb-client-core >/dev/null; \
-	  else echo "the tests need a database server: apt-get install mariadb-server-core mariadb-client-core" >&2; exit 1; fi; fi
+	      $(DEBIAN) >/dev/null; \
+	  else echo "the tests need some packages: apt-get install $(DEBIAN)" >&2; exit 1; fi; fi
 
 $(PROTO_BIN)/.made: requirements/proto.txt | python
 	@echo "installing the generator of tidings/api"

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis  # noqa: F401 - CPython 3.11 can fail in its import at the end of a run of many processes
 import pytest
 
 from tidings.kit.database_url import DatabaseUrl, parse

@@ -46,6 +46,8 @@ class Connector:
         self._options = options
         self._member = context.member
         self._incarnation = context.node.incarnation
+        # Connectors of the same host that share our ports: who connects anew may reach any of them.
+        self._sharing_host = context.node.host if options["c2s-reuse-port"] else ""
         self._tasks = context.tasks
         self._hosts: list[str] = options["virt-hosts"]
         self._certificates = Certificates(self._hosts, options)
@@ -118,6 +120,7 @@ class Connector:
                 ssl=tls,
                 backlog=BACKLOG,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT if tls is not None else None,
+                reuse_port=self._options["c2s-reuse-port"],
             )
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
@@ -132,14 +135,16 @@ class Connector:
         elsewhere = self._elsewhere()
         for stream in self.streams:
             stream.drain(elsewhere)
-        await self._streams_gone()
+        await self._streams_gone(self._options["drain-timeout"] / 2)
 
     def _elsewhere(self) -> str:
         """Another node's connector, as <see-other-host/> has it (RFC 6120 4.9.3.19); '' where there is none."""
         others = [
             node
             for node in self._member.view.with_service("connector")
-            if node.state is NodeState.UP and node.incarnation != self._incarnation
+            if node.state is NodeState.UP
+            and node.incarnation != self._incarnation
+            and node.host != self._sharing_host
         ]
         if not others:
             return ""
@@ -154,11 +159,11 @@ class Connector:
         self._servers.clear()
         for stream in self.streams:
             stream.close("system-shutdown")
-        await self._streams_gone()
+        await self._streams_gone(STOP_GRACE)
 
-    async def _streams_gone(self) -> None:
+    async def _streams_gone(self, timeout: float) -> None:
         # What was queued for the clients leaves with the next ticks.
-        deadline = asyncio.get_running_loop().time() + STOP_GRACE
+        deadline = asyncio.get_running_loop().time() + timeout
         while len(self.streams) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(0.01)
         await asyncio.sleep(0)

@@ -67,7 +67,12 @@ class Certificates:
             return Path(certificate), Path(key)
         folder = self._options["certs-dir"]
         if folder:
-            for pair in ((f"{host}.crt", f"{host}.key"), (f"{host}/fullchain.pem", f"{host}/privkey.pem")):
+            # The last one is Tigase's: certificate and key in one file.
+            for pair in (
+                (f"{host}.crt", f"{host}.key"),
+                (f"{host}/fullchain.pem", f"{host}/privkey.pem"),
+                (f"{host}.pem", f"{host}.pem"),
+            ):
                 files = Path(folder) / pair[0], Path(folder) / pair[1]
                 if files[0].exists() and files[1].exists():
                     return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -12,10 +13,10 @@ from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, Stre
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
 from tidings.cluster.hashing import rendezvous
 from tidings.cluster.node import Node, NodeState
-from tidings.kit.link import INTERVAL, Outbox, in_order
+from tidings.kit.link import INTERVAL, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
-from tidings.kit.rpc_errors import describe
-from tidings.kit.tasks import Tasks
+from tidings.kit.rpc_errors import describe, error_detail
+from tidings.kit.tasks import Tasks, is_cancelled
 
 if TYPE_CHECKING:
     from services.connector.streams import ClientStream, Streams
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 log = get_logger("connector")
 
-# Seconds for a router to answer the first request, and between two tries to reach one.
+# Seconds for a router to answer the first request, and between two tries to reach one; one that is only just
+# starting, or already stopping, says so, and is asked again sooner.
 WELCOME_TIMEOUT = 5.0
 RETRY = 0.5
+SOON = 0.05
 # Seconds to wait for a link to a router that a stream is sent on to.
 LINK_TIMEOUT = 5.0
 
@@ -34,9 +37,11 @@ LINK_TIMEOUT = 5.0
 class RouterLink:
     """One link to one router: sends what happens to streams, and does what the router answers."""
 
-    def __init__(self, streams: Streams, node: Node, local: bool) -> None:
+    def __init__(self, streams: Streams, node: Node, local: bool, cut_off: Callable[[], Any]) -> None:
+        """`cut_off` ends the call of a router that does not take what it is sent."""
         self.node = node
         self._streams = streams
+        self._cut_off = cut_off
         self.outbox: Outbox[AttachRequest] = Outbox(AttachRequest, 0 if local else INTERVAL)
         self.outbox.on_relief = self._relieved
 
@@ -46,7 +51,13 @@ class RouterLink:
 
     def event(self, stream: int) -> StreamEvent:
         """An event of a stream, behind all its stanzas; the caller fills it in."""
-        batch = self.outbox.begin_item()
+        try:
+            batch = self.outbox.begin_item()
+        except Overflow as error:
+            # Its streams end with the call: whoever tells something here need not care.
+            log.error("router_does_not_take", router=self.node.hostname, reason=str(error))
+            self._cut_off()
+            return StreamEvent()
         return batch.events.add(stream=stream, position=len(batch.envelopes))
 
     def receive(self, response: AttachResponse) -> None:
@@ -84,7 +95,8 @@ class RouterLinks:
         self._own = own
         self._tasks = tasks
         self._links: dict[str, RouterLink] = {}
-        self._running: set[str] = set()
+        # By router: what keeps the link to it.
+        self._keeping: dict[str, asyncio.Task[None]] = {}
         self._attached = asyncio.Event()
         # Set when a link comes, and then replaced.
         self._come = asyncio.Event()
@@ -94,11 +106,14 @@ class RouterLinks:
         self._look()
 
     def _look(self) -> None:
-        for node in self._member.view.with_service("router"):
-            if node.state in (NodeState.FAILED, NodeState.DRAINING) or node.incarnation in self._running:
-                continue
-            self._running.add(node.incarnation)
-            self._tasks.spawn(self._keep(node), f"link to router {node.hostname}")
+        view = self._member.view
+        for node in view.with_service("router"):
+            if node.state in (NodeState.UP, NodeState.SUSPECT) and node.incarnation not in self._keeping:
+                task = self._tasks.spawn(self._keep(node), f"link to router {node.hostname}")
+                self._keeping[node.incarnation] = task
+        # What a router says that has failed counts no more.
+        for gone in set(self._keeping) - {node.incarnation for node in view.living_routers()}:
+            self._keeping.pop(gone).cancel()
 
     async def attached(self) -> None:
         """Waits until there is a router to serve streams."""
@@ -108,9 +123,12 @@ class RouterLinks:
         """The router for a new stream: the one in this process, else spread evenly."""
         if self._own.incarnation in self._links:
             return self._links[self._own.incarnation]
-        if not self._links:
-            return None
-        return self._links[rendezvous(f"{self._own.incarnation}/{stream.number}", sorted(self._links))]
+        up = [link for link in self._links if self._is_up(link)] or list(self._links)
+        return self._links[rendezvous(f"{self._own.incarnation}/{stream.number}", sorted(up))] if up else None
+
+    def _is_up(self, router: str) -> bool:
+        node = self._member.view.by_incarnation(router)
+        return node is not None and node.state is NodeState.UP
 
     async def to(self, router: str) -> RouterLink | None:
         """The link to a router; None when there is none before long."""
@@ -123,27 +141,33 @@ class RouterLinks:
         return link
 
     async def _keep(self, node: Node) -> None:
-        """Attaches to a router, again and again, as long as it is in the view."""
-        try:
-            while self._member.view.by_incarnation(node.incarnation) is not None:
-                try:
-                    await self._attach(node)
-                    why = "the call ended"
-                except grpc.RpcError as error:
-                    why = describe(error)
-                except (TimeoutError, OSError) as error:
-                    why = str(error) or "no answer"
-                log.debug("router_link_down", router=node.hostname, reason=why)
+        """Attaches to a router, again and again, until cancelled: it has failed or is gone."""
+        while True:
+            pause = RETRY
+            try:
+                await self._attach(node)
+                why = "the call ended"
+            except grpc.RpcError as error:
+                why = describe(error)
+                if error_detail(error) is None:
+                    self._member.report(node, why)
+                else:
+                    pause = SOON  # it has answered
+            except (TimeoutError, OSError) as error:
+                why = str(error) or "no answer"
                 self._member.report(node, why)
-                await asyncio.sleep(RETRY)
-        finally:
-            self._running.discard(node.incarnation)
+            except asyncio.CancelledError:
+                if is_cancelled():
+                    raise
+                why = "this side ended the call"
+            log.debug("router_link_down", router=node.hostname, reason=why)
+            await asyncio.sleep(pause)
 
     async def _attach(self, node: Node) -> None:
         local = node.incarnation == self._own.incarnation
-        link = RouterLink(self._streams, node, local)
         stub: Any = RouterServiceStub(self._channels.to(node))
         call: Any = stub.Attach()
+        link = RouterLink(self._streams, node, local, call.cancel)
         hello = link.outbox.begin_item().hello
         hello.connector_incarnation = self._own.incarnation
         hello.view_version = self._member.view.version
@@ -154,6 +178,7 @@ class RouterLinks:
                 response = await call.read()
             if response is grpc.aio.EOF:
                 return
+            self._member.reaches(node)
             self._links[node.incarnation] = link
             self._attached.set()
             self._come.set()

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from services.connector.limits import Addresses, ClientLimits
+from services.connector.rate import Rate
 from tidings.api.router.v1.router_pb2 import Moved, StreamCommand, StreamEvent, TlsInfo, Transport
 from tidings.kit.link import Overflow
 from tidings.kit.logging import get_logger
@@ -60,9 +61,9 @@ class ClientStream:
     """One client stream: gives the client's bytes to the protocol core, and what comes of them to the router."""
 
     __slots__ = (
-        "_auth_timer", "_connection", "_core", "_counted", "_ended", "_header", "_held_by_rate", "_held_by_router",
-        "_limits", "_link", "_loop", "_moving", "_streams", "_tls_info", "_window_bytes", "_window_ends",
-        "_window_stanzas", "account", "jid", "number", "session", "transport_kind",
+        "_auth_timer", "_connection", "_core", "_drains", "_ended", "_header", "_held_by_rate", "_held_by_router",
+        "_left", "_limits", "_link", "_loop", "_moving", "_rate", "_streams", "_tls_info", "account", "jid", "number",
+        "session", "transport_kind",
     )  # fmt: skip
 
     def __init__(
@@ -89,16 +90,16 @@ class ClientStream:
         self.jid = ""
         self.account = ""
         self._ended = False
-        self._counted = False
         self._held_by_rate = False
         self._held_by_router = False
-        # What the client sends while its session moves to another router; None while it does not.
+        # While the stream is on its way to another router: what the client sends; how the stream has ended since
+        # (clean, and the reason); where the client is to go since this connector drains. Else None.
         self._moving: list[bytes] | None = None
+        self._left: tuple[bool, str] | None = None
+        self._drains: str | None = None
         # Of the last stream header: host, language, whether encrypted.
         self._header = ("", "", False)
-        self._window_ends = 0.0
-        self._window_stanzas = 0
-        self._window_bytes = 0
+        self._rate = Rate(limits)
         self._auth_timer: asyncio.TimerHandle | None = None
         if limits.auth_timeout:
             self._auth_timer = self._loop.call_later(limits.auth_timeout, self._auth_took_too_long)
@@ -143,36 +144,16 @@ class ClientStream:
                 self._event(event)
                 session = self.session
                 link = self._link
-        self._count(len(data), stanzas)
+        until = self._rate.count(self._loop.time(), len(data), stanzas)
+        if until and not self._held_by_rate:
+            self._held_by_rate = True
+            self._streams.slowed += 1
+            self._set_reading()
+            self._loop.call_at(until, self._rate_over)
         if link is not None and link.congested:
             # The router does not take what we send: no more is read, until it does.
             self._set_reading()
         self._flush()
-
-    def _count(self, size: int, stanzas: int) -> None:
-        """Stops reading for the rest of the second when the client sends more than its limits."""
-        now = self._loop.time()
-        if now >= self._window_ends:
-            self._window_ends = now + 1.0
-            self._window_stanzas = stanzas
-            self._window_bytes = size
-        else:
-            self._window_stanzas += stanzas
-            self._window_bytes += size
-        limits = self._limits
-        if (
-            (limits.stanzas_per_second and self._window_stanzas > limits.stanzas_per_second)
-            or (limits.bytes_per_second and self._window_bytes > limits.bytes_per_second)
-        ) and not self._held_by_rate:
-            # What came beyond the limit is paid off with time: three seconds' worth waits three seconds.
-            overdraft = max(
-                self._window_stanzas / limits.stanzas_per_second if limits.stanzas_per_second else 0.0,
-                self._window_bytes / limits.bytes_per_second if limits.bytes_per_second else 0.0,
-            )
-            self._held_by_rate = True
-            self._streams.slowed += 1
-            self._set_reading()
-            self._loop.call_at(self._window_ends - 1.0 + overdraft, self._rate_over)
 
     def _rate_over(self) -> None:
         self._held_by_rate = False
@@ -189,7 +170,11 @@ class ClientStream:
 
     def disconnected(self, reason: str) -> None:
         """The transport is gone."""
-        self._end(False, reason)
+        if self._moving is not None and self.session:
+            # What the client has sent before counts, at the router that gets it.
+            self._left = self._left or (False, reason)
+        else:
+            self._end(False, reason)
 
     # --- what the core makes of it ---
 
@@ -258,9 +243,12 @@ class ClientStream:
 
     def command(self, command: StreamCommand) -> None:
         """Does what the router says."""
+        which = command.WhichOneof("command")
+        if which == "moved":
+            self._moved(command.moved)
+            return
         if self._ended:
             return
-        which = command.WhichOneof("command")
         if which == "features":
             self._core.features(command.features.children)
         elif which == "sasl_challenge":
@@ -286,13 +274,11 @@ class ClientStream:
             self._held_by_router = not command.set_reading.reading
             self._set_reading()
         elif which == "prepare_move":
-            self._moving = []
+            if self._moving is None:
+                self._moving = []
             self._set_reading()
             if (to_router := self._to_router()) is not None:
-                to_router.move_ready.SetInParent()
-            return
-        elif which == "moved":
-            self._streams.spawn(self._move(command.moved), f"stream {self.number} goes to another router")
+                to_router.move_ready.attempt = command.prepare_move.attempt
             return
         elif which == "close":
             close = command.close
@@ -304,28 +290,40 @@ class ClientStream:
                 self._event(event)
         self._flush()
 
+    def _moved(self, moved: Moved) -> None:
+        """The stream goes on at another router, or at the same one when the move did not come about."""
+        if not moved.ticket:
+            self._go_on()
+            return
+        # What it sent to the old one has been taken there; nothing more goes that way.
+        if self._moving is None:
+            self._moving = []
+        self._link = None
+        self._streams.spawn(self._move(moved), f"stream {self.number} goes to another router")
+
     async def _move(self, moved: Moved) -> None:
-        """Goes on at another router, or at the same one when the move did not come about."""
-        if moved.ticket:
-            # What it sent to the old one has been taken there; nothing more goes that way.
-            if self._moving is None:
-                self._moving = []
-            self._link = None
-            link = await self._streams.link_to(moved.router_incarnation)
-            if self._ended:
-                return
-            if link is None:
-                self.close("system-shutdown", "the router that serves this stream is out of reach")
-                return
-            self._link = link
-            if self.session:
-                link.event(self.number).attach.ticket = moved.ticket
-            else:
-                self._tell_opened(moved.ticket)
+        self._link = await self._streams.link_to(moved.router_incarnation)
+        if self._link is None:
+            self.close("system-shutdown", "the router that serves this stream is out of reach")
+        elif self.session:
+            attach = self._link.event(self.number).attach
+            attach.ticket, attach.left = moved.ticket, self._left is not None
+        elif not self._ended:
+            self._tell_opened(moved.ticket)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """It is settled which router serves the stream: that one gets all that has waited."""
         waiting, self._moving = self._moving or [], None
         self._set_reading()
         for data in waiting:
             self.received(data)
+        drains, self._drains = self._drains, None
+        if self._left is not None:
+            self._ended = True
+            self._tell_end(*self._left)
+        elif drains is not None:
+            self.drain(drains)
 
     def deliver(self, raw: bytes) -> None:
         """Writes a stanza to the client."""
@@ -355,7 +353,9 @@ class ClientStream:
 
     def drain(self, elsewhere: str) -> None:
         """The connector takes its leave: a client without a session is sent to another one."""
-        if self.session and (to_router := self._to_router()) is not None:
+        if self._moving is not None and self.session:
+            self._drains = elsewhere
+        elif self.session and (to_router := self._to_router()) is not None:
             # The router closes it, behind all that is on its way to this client.
             to_router.leaving.SetInParent()
         elif self.session or not elsewhere:
@@ -374,7 +374,10 @@ class ClientStream:
 
     def router_lost(self) -> None:
         """The link to the router is gone: this stream cannot go on."""
-        self._link = None
+        self._link = self._moving = None
+        if self._left is not None:
+            self._ended = True
+            self._tell_end(*self._left)
         self.close("system-shutdown", "the router that served this stream is gone; please connect again")
 
     def router_relieved(self) -> None:
@@ -398,9 +401,15 @@ class ClientStream:
         if self._ended:
             return
         self._ended = True
-        if self._auth_timer is not None:
-            self._auth_timer.cancel()
-            self._auth_timer = None
+        self._authenticated()
+        if self._moving is not None and self.session:
+            # Which router is to be told is not settled.
+            self._left = self._left or (clean, reason)
+        else:
+            self._tell_end(clean, reason)
+
+    def _tell_end(self, clean: bool, reason: str) -> None:
+        self._left = None
         if self._link is not None:
             closed = self._link.event(self.number).closed
             closed.clean = clean

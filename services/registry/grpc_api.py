@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -11,12 +12,17 @@ import grpc
 from services.registry.members import Members
 from services.registry.store import Change, ChangeKind
 from tidings.api.common.v1.error_pb2 import ErrorReason
-from tidings.api.common.v1.node_pb2 import NODE_STATE_FAILED
+from tidings.api.common.v1.node_pb2 import (
+    NODE_STATE_DRAINING,
+    NODE_STATE_FAILED,
+    NODE_STATE_JOINING,
+    NODE_STATE_UP,
+)
 from tidings.api.node.v1.node_pb2 import DrainRequest
 from tidings.api.node.v1.node_pb2_grpc import NodeServiceStub
 from tidings.api.registry.v1 import registry_pb2 as pb
 from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceServicer
-from tidings.cluster.node import Node, NodeState
+from tidings.cluster.node import Node, NodeState, is_host
 from tidings.cluster.view import ClusterView
 from tidings.kit.channel import Channels
 from tidings.kit.db import DatabaseAway
@@ -24,7 +30,6 @@ from tidings.kit.grpc_server import current_caller
 from tidings.kit.logging import get_logger
 from tidings.kit.node_messages import node_from, node_into
 from tidings.kit.pki import normalised
-from tidings.kit.probe import refused
 from tidings.kit.rpc_errors import TidingsError, describe
 
 log = get_logger("registry")
@@ -43,7 +48,11 @@ _KINDS = {
     ChangeKind.LEFT: pb.NodeChangeKind.NODE_CHANGE_KIND_LEFT,
 }
 # What a node may say of itself.
-_OWN_STATES = (NodeState.JOINING, NodeState.UP, NodeState.DRAINING)
+_OWN_STATES = {
+    NODE_STATE_JOINING: NodeState.JOINING,
+    NODE_STATE_UP: NodeState.UP,
+    NODE_STATE_DRAINING: NodeState.DRAINING,
+}
 
 
 class RegistryApi(RegistryServiceServicer):
@@ -59,9 +68,14 @@ class RegistryApi(RegistryServiceServicer):
             node = node_from(request.node)
         except ValueError as error:
             raise _bad(str(error)) from None
-        if not node.hostname or not node.incarnation or not node.address or not node.services:
-            raise _bad("`hostname`, `incarnation`, `address` and `services` must be set")
-        if node.state not in _OWN_STATES:
+        node = replace(node, hostname=_name(node.hostname))
+        if not node.incarnation or not node.services:
+            raise _bad("`incarnation` and `services` must be set")
+        if not is_host(node.hostname) or not is_host(node.address):
+            raise _bad("`hostname` must be a host name, and `address` one or an IP address")
+        if not 0 < node.port < 65536:
+            raise _bad("`port` must be from 1 to 65535")
+        if node.state is not NodeState.JOINING:
             raise _bad("a node joins as JOINING")
         if caller.kind != "local":
             # The row's certificate is the caller's own, and so is the name in it.
@@ -71,31 +85,34 @@ class RegistryApi(RegistryServiceServicer):
                 own = False
             if not own:
                 raise _not_allowed("the certificate of the row must be the one that the caller shows")
-            if caller.name != node.hostname:
+            if _name(caller.name) != node.hostname:
                 raise _not_allowed(f"the certificate is made out to {caller.name!r}, not to {node.hostname!r}")
-            if caller.kind == "joiner" and caller.services and not caller.services.issuperset(node.services):
-                raise _not_allowed(f"the certificate allows the services {', '.join(sorted(caller.services))} alone")
+            if caller.may_run and not caller.may_run.issuperset(node.services):
+                raise _not_allowed(f"the certificate allows the services {', '.join(sorted(caller.may_run))} alone")
+            # What stands around it would become a root of all.
+            node = replace(node, certificate=caller.certificate)
         try:
             return pb.JoinResponse(view_version=await self._members.join(node))
-        except DatabaseAway as error:
-            raise _away(error) from None
+        except DatabaseAway:
+            raise _away() from None
 
     async def Beat(self, request: pb.BeatRequest, context: Any) -> pb.BeatResponse:
         self._check_own(request.hostname, request.incarnation, context)
-        state = _OWN.get(request.state)
+        state = _OWN_STATES.get(request.state)
         if state is None:
             raise _bad("a node calls itself JOINING, UP or DRAINING")
         try:
             alive = await self._members.beat(
-                request.hostname,
+                _name(request.hostname),
                 request.incarnation,
                 state,
                 request.cpu_usage,
                 request.mem_usage,
                 request.cleaned_through,
+                tuple(request.unreachable),
             )
-        except DatabaseAway as error:
-            raise _away(error) from None
+        except DatabaseAway:
+            raise _away() from None
         if not alive:
             raise TidingsError(
                 ErrorReason.ERROR_REASON_NOT_A_MEMBER,
@@ -106,16 +123,13 @@ class RegistryApi(RegistryServiceServicer):
     async def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveResponse:
         self._check_own(request.hostname, request.incarnation, context)
         try:
-            await self._members.leave(request.hostname, request.incarnation)
-        except DatabaseAway as error:
-            raise _away(error) from None
+            await self._members.leave(_name(request.hostname), request.incarnation)
+        except DatabaseAway:
+            raise _away() from None
         return pb.LeaveResponse()
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:
-        try:
-            view = await self._members.refresh()
-        except DatabaseAway:
-            view = self._members.view
+        view, _ = await self._members.latest()
         response = pb.ListNodesResponse(view_version=view.version)
         for node in view:
             node_into(node, response.nodes.add())
@@ -132,17 +146,21 @@ class RegistryApi(RegistryServiceServicer):
                 waiting.put_nowait(response)
             except asyncio.QueueFull:
                 log.warning("watcher_too_slow")
-                unwatch()
-                waiting.get_nowait()
-                waiting.put_nowait(None)
+                over()
 
-        unwatch = self._members.watch(changed)
+        def over() -> None:
+            # What is left out here comes again, when the caller comes again.
+            unwatch()
+            while not waiting.empty():
+                waiting.get_nowait()
+            waiting.put_nowait(None)
+
+        unwatch = self._members.watch(changed, over)
         try:
-            try:
-                view = await self._members.refresh()
-            except DatabaseAway:
-                view = self._members.view
-            missed = await self._missed(request.since, view)
+            view, read = await self._members.latest()
+            if not read and request.since > view.version:
+                raise _away()  # another registry may know more
+            missed = await self._missed(request.since, view, read)
             for response in missed or ():
                 yield response
             if missed is None:
@@ -159,14 +177,17 @@ class RegistryApi(RegistryServiceServicer):
         finally:
             unwatch()
 
-    async def _missed(self, since: int, view: ClusterView) -> list[pb.WatchNodesResponse] | None:
-        """The changes behind a version; None when they are not all known, or the caller has nothing yet."""
-        if not since or since > view.version:
+    async def _missed(self, since: int, view: ClusterView, read: bool) -> list[pb.WatchNodesResponse] | None:
+        """The changes behind a version; None when they are not all known, or the caller has nothing yet. `read`: the
+        database answers."""
+        if since and since == view.version:
+            return []
+        if not since or since > view.version or not read:
             return None
         try:
             changes = await self._members.changes(since)
         except DatabaseAway:
-            return [] if since == view.version else None
+            return None
         if changes is None:
             return None
         missed = []
@@ -201,16 +222,14 @@ class RegistryApi(RegistryServiceServicer):
         await self._members.look_soon(node, reporter.incarnation, request.refused)
         return pb.ReportUnreachableResponse()
 
-    async def ProbeNode(self, request: pb.ProbeNodeRequest, context: Any) -> pb.ProbeNodeResponse:
+    async def CheckReached(self, request: pb.CheckReachedRequest, context: Any) -> pb.CheckReachedResponse:
+        self._check_own(request.hostname, request.incarnation, context)
         node = self._node(request.hostname, request.incarnation)
-        return pb.ProbeNodeResponse(refused=await refused(node.address, node.port))
+        return pb.CheckReachedResponse(not_by=await self._members.not_reached_by(node))
 
     async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:
-        try:
-            view = await self._members.refresh()
-        except DatabaseAway:
-            view = self._members.view
-        node = view.node(request.hostname)
+        view, _ = await self._members.latest()
+        node = view.node(_name(request.hostname))
         if node is None or node.state is NodeState.FAILED:
             known = ", ".join(other.hostname for other in view)
             raise TidingsError(
@@ -234,11 +253,16 @@ class RegistryApi(RegistryServiceServicer):
 
     def _check_own(self, hostname: str, incarnation: str, context: Any) -> None:
         caller = current_caller(context)
-        if caller.kind != "local" and (caller.name, caller.incarnation) != (hostname, incarnation):
+        if caller.kind == "local":
+            return
+        # Who has failed, or left, is nobody yet, and must be told so.
+        if _name(caller.name) != _name(hostname) or caller.incarnation not in ("", incarnation):
             raise _not_allowed("a node speaks for itself alone")
 
 
-_OWN = {2: NodeState.UP, 1: NodeState.JOINING, 5: NodeState.DRAINING}
+def _name(hostname: str) -> str:
+    """A name as it stands in the table: MySQL compares names without case, and so must everybody."""
+    return hostname.lower()
 
 
 def _bad(message: str) -> TidingsError:
@@ -249,5 +273,5 @@ def _not_allowed(message: str) -> TidingsError:
     return TidingsError(ErrorReason.ERROR_REASON_NOT_ALLOWED, message)
 
 
-def _away(error: DatabaseAway) -> TidingsError:
+def _away() -> TidingsError:
     return TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer")

@@ -22,7 +22,7 @@ cluster_nodes = sa.Table(
     sa.Column("mem_usage", sa.Float, nullable=False, default=0.0),
     sa.Column("address", sa.String(255), nullable=False),
     sa.Column("host", sa.String(255), nullable=False, default=""),
-    sa.Column("incarnation", Text(64), nullable=False),
+    sa.Column("incarnation", Text(64), nullable=False, unique=True),
     sa.Column("beat", sa.BigInteger, nullable=False, default=0),
     sa.Column("services", sa.String(1024), nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
@@ -34,6 +34,9 @@ cluster_nodes = sa.Table(
     sa.Column("certificate", sa.Text, nullable=False),
     # The view up to which it has cleaned up after nodes that failed.
     sa.Column("cleaned", sa.BigInteger, nullable=False, default=0),
+    # Incarnations that it does not reach, by its own word; and the version of the view with which it joined.
+    sa.Column("unreachable", sa.String(4000), nullable=False, default=""),
+    sa.Column("joined", sa.BigInteger, nullable=False, default=0),
 )
 
 # The version of the view. Whoever changes the view raises it in the same transaction and so waits for those

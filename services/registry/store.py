@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -30,6 +31,10 @@ class Change:
     incarnation: str
 
 
+# Looks at the rows beside which a node is to stand; it raises when it must not.
+Check = Callable[[Sequence[Node]], None]
+
+
 class NodeStore(Protocol):
     """The table `cluster_nodes` and its changes.
 
@@ -38,17 +43,26 @@ class NodeStore(Protocol):
     DatabaseAway when nothing can be known; then it may or may not have happened.
     """
 
-    async def join(self, node: Node, replaces: Node | None) -> int | None:
-        """Enters a node. `replaces`: the row of its name that must be there (by incarnation), None for no row.
+    async def join(self, node: Node, replaces: Node | None, check: Check) -> int | None:
+        """Enters a node. `replaces`: the failed row of its name that must be there (by incarnation), None for no row.
+        `check` gets the rows of all other names while nobody else can join; what it raises ends the join.
 
-        Returns the version; None when the row of that name is another one by now.
+        Returns the version; None when the row of that name is another one by now, or has not failed, or when another
+        row has the node's incarnation.
         """
 
     async def beat(
-        self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float, cleaned: int = 0
+        self,
+        hostname: str,
+        incarnation: str,
+        state: NodeState,
+        cpu: float,
+        memory: float,
+        cleaned: int = 0,
+        unreachable: tuple[str, ...] = (),
     ) -> bool:
-        """Raises a node's beat and writes its load, and up to which view it has cleaned up; numbers a change when
-        its state changed.
+        """Raises a node's beat and writes its load, up to which view it has cleaned up, and which incarnations it
+        does not reach; numbers a change when its state changed.
 
         False when its row is gone, failed, or another incarnation's. A suspect row is taken back.
         """
@@ -57,7 +71,7 @@ class NodeStore(Protocol):
         """Removes a node's row; nothing happens when it is another incarnation's, or gone."""
 
     async def mark(self, hostname: str, incarnation: str, beat: int, state: NodeState) -> bool:
-        """Sets SUSPECT or FAILED, if incarnation and beat are still those. False when not."""
+        """Sets FAILED, or SUSPECT on a node that is UP, if incarnation and beat are still those. False when not."""
 
     async def remove_failed(self, hostname: str, incarnation: str) -> None:
         """Removes the row of a failed node, of this incarnation only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from services.registry.store import Change, ChangeKind
+from services.registry.store import Change, ChangeKind, Check
 from tidings.cluster.node import Node, NodeState
 
 KEPT_CHANGES = 1000
@@ -28,24 +28,39 @@ class MemoryNodeStore:
         row = self._rows.get(hostname)
         return row if row is not None and row.incarnation == incarnation else None
 
-    async def join(self, node: Node, replaces: Node | None) -> int | None:
+    async def join(self, node: Node, replaces: Node | None, check: Check) -> int | None:
         row = self._rows.get(node.hostname)
         if (row.incarnation if row else None) != (replaces.incarnation if replaces else None):
             return None
+        if row is not None and row.state is not NodeState.FAILED:
+            return None
+        others = [other for other in self._rows.values() if other is not row]
+        check(others)
+        if any(other.incarnation == node.incarnation for other in others):
+            return None
         if row is not None:
-            self._changed(ChangeKind.FAILED if row.state is not NodeState.FAILED else ChangeKind.LEFT, row)
-        self._rows[node.hostname] = replace(node, beat=0)
-        return self._changed(ChangeKind.JOINED, node)
+            self._changed(ChangeKind.LEFT, row)
+        version = self._changed(ChangeKind.JOINED, node)
+        self._rows[node.hostname] = replace(node, beat=0, joined=version)
+        return version
 
     async def beat(
-        self, hostname: str, incarnation: str, state: NodeState, cpu: float, memory: float, cleaned: int = 0
+        self,
+        hostname: str,
+        incarnation: str,
+        state: NodeState,
+        cpu: float,
+        memory: float,
+        cleaned: int = 0,
+        unreachable: tuple[str, ...] = (),
     ) -> bool:
         row = self._row(hostname, incarnation)
         if row is None or row.state is NodeState.FAILED:
             return False
         self._rows[hostname] = new = replace(
-            row, beat=row.beat + 1, state=state, cpu_usage=cpu, mem_usage=memory, cleaned=cleaned
-        )
+            row, beat=row.beat + 1, state=state, cpu_usage=cpu, mem_usage=memory, cleaned=cleaned,
+            unreachable=unreachable,
+        )  # fmt: skip
         if state is not row.state:
             self._changed(ChangeKind.DRAINING if state is NodeState.DRAINING else ChangeKind.BACK, new)
         return True
@@ -58,7 +73,9 @@ class MemoryNodeStore:
 
     async def mark(self, hostname: str, incarnation: str, beat: int, state: NodeState) -> bool:
         row = self._row(hostname, incarnation)
-        if row is None or row.beat != beat or row.state in (state, NodeState.FAILED):
+        if row is None or row.beat != beat or row.state is NodeState.FAILED:
+            return False
+        if state is NodeState.SUSPECT and row.state is not NodeState.UP:
             return False
         self._rows[hostname] = replace(row, state=state)
         self._changed(ChangeKind(state.value), row)

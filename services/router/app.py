@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable
 
 from services.router import module_loader
 from services.router.account_api import AccountApi
+from services.router.adoption import Adoption
 from services.router.authentication import Authentication
 from services.router.binding import Binding
 from services.router.cluster_news import ClusterNews
 from services.router.component_links import ComponentApi, ComponentLinks
 from services.router.forward_links import ForwardLinks
 from services.router.grpc_api import RouterApi
-from services.router.hand_over import HandOver
+from services.router.hand_over import GIVEN, HandOver
 from services.router.negotiation import Negotiator
 from services.router.orphans import Orphans
+from services.router.peers import Peers
 from services.router.rosters import Rosters
 from services.router.routing import Routing
 from services.router.sessions import Sessions
@@ -29,6 +31,7 @@ from tidings.api.router.v1 import account_pb2, router_pb2
 from tidings.api.router.v1.account_pb2_grpc import add_AccountServiceServicer_to_server
 from tidings.api.router.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from tidings.cluster.forwarding import Forwarder
+from tidings.cluster.node import NodeState
 from tidings.cluster.view import ClusterView
 from tidings.kit.logging import get_logger
 from tidings.kit.metrics import Metrics
@@ -36,12 +39,21 @@ from tidings.kit.migrations import migrate
 from tidings.kit.module import Hooks
 from tidings.kit.options import Options
 from tidings.kit.service import Context
-from tidings.kit.strategies import strategy_factory
+from tidings.kit.strategies import made, strategy_factory
 
 log = get_logger("router")
 
 # Seconds that stanzas which came by a newer view wait for it, at most twice as long.
 EARLY_TIMEOUT = 5.0
+
+# Seconds for the other routers to learn of this one and open their links to it.
+KNOWN_TIMEOUT = 5.0
+
+# Seconds that a draining router waits for streams without a session, and for what is under way when it has no
+# sessions left; and between two looks.
+UNBOUND_TIMEOUT = 10.0
+UNDER_WAY_TIMEOUT = 5.0
+LOOK = 0.02
 
 # What our own components may register; others need --component-allow.
 BUILT_IN_COMPONENTS = {"pubsub": ("pubsub.{vhost}",)}
@@ -68,30 +80,36 @@ class Router:
         self._messages = SqlMessageStore(context.database)
         table = SqlSessionTable(context.database)
 
-        self._sessions = sessions = Sessions()
+        self.sessions = sessions = Sessions()
         hooks = Hooks()
         components = ComponentLinks(hosts, lambda name: allowed_to(options, name))
-        self._links = ForwardLinks(context.node, context.channels, tasks, context.member.report)
+        self._links = ForwardLinks(context.node, context.channels, tasks, context.member)
         self.routing = routing = Routing(
-            hosts, sessions, hooks, self._accounts, components, table, self._links, tasks.spawn
-        )
-        strategy = strategy_factory(options["sm-cluster-strategy-class"])(own, StrategyContext(routing, sessions))
+            hosts, sessions, hooks, self._accounts, components, table, self._links, own, context.member.newer_view,
+            tasks.spawn,
+        )  # fmt: skip
+        factory = strategy_factory(options["sm-cluster-strategy-class"])
+        strategy = made(factory, own, StrategyContext(routing, sessions))
         self._forwarder = Forwarder(strategy, routing)
         routing.start(strategy, self._forwarder)
         self._links.start(self._forwarder)
 
         self._tickets = Tickets()
-        self._orphans = Orphans(own, table, routing, hooks, tasks.spawn, context.member)
-        self._binding = Binding(own, sessions, table, self._orphans, context.member, context.channels, tasks.spawn)
-        self._hand_over = HandOver(own, sessions, table, routing, self._tickets, hooks, context.channels, tasks.spawn)
+        self._orphans = Orphans(own, table, routing, tasks.spawn, context.member, context.channels)
+        peers = Peers(context.channels)
+        self._binding = Binding(own, sessions, table, self._orphans, context.member, peers, tasks.spawn)
+        self._adoption = Adoption(sessions, self._binding, routing, self._tickets, hooks, tasks.spawn)
+        self._hand_over = HandOver(own, sessions, self._binding, routing, hooks, peers, tasks.spawn)
         self._news = ClusterNews(sessions, routing.deliveries, lambda: _admins(options))
         iterations = _per_host_iterations(options)
         authentication = Authentication(self._accounts, iterations, lambda: bool(options["c2s-allow-plaintext"]))
-        negotiator = Negotiator(
-            routing, sessions, hooks, authentication, self._accounts, self._binding, self._hand_over,
+        self._negotiator = negotiator = Negotiator(
+            routing, sessions, hooks, authentication, self._accounts, self._binding, self._hand_over, self._adoption,
             self._tickets, tasks.spawn,
         )  # fmt: skip
-        self._hand_over.abandon = negotiator.end
+        self._hand_over.dismiss = self._adoption.dismiss = negotiator.dismiss
+        self._adoption.place = self._hand_over.place
+        hooks.notes[GIVEN] = self._adoption.given
 
         stores = {
             AccountStore: self._accounts,
@@ -105,9 +123,12 @@ class Router:
         module_loader.load([*module_loader.installed(), components.module], hooks, router, options, context.metrics)
         hooks.presence_changed.append(self._binding.presence_changed)
 
+        self._api = RouterApi(
+            own, negotiator, sessions, self._links, self._adoption, self._binding, tasks.spawn, lambda: self._serving
+        )
         context.server.add(
             add_RouterServiceServicer_to_server,
-            RouterApi(own, negotiator, sessions, self._links, self._hand_over, tasks.spawn, lambda: self._serving),
+            self._api,
             router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name,
         )
         context.server.add(
@@ -117,17 +138,17 @@ class Router:
         )
         context.server.add(
             add_ComponentServiceServicer_to_server,
-            ComponentApi(components, routing, rosters, own, tasks.spawn, lambda: self._serving),
+            ComponentApi(components, routing, self._accounts, rosters, own, tasks.spawn, lambda: self._serving),
             component_pb2.DESCRIPTOR.services_by_name["ComponentService"].full_name,
         )
         self._add_metrics(context.metrics)
 
     def _add_metrics(self, metrics: Metrics) -> None:
         routing, links = self.routing, self._links
-        metrics.gauged("sessions", "Bound sessions", lambda: len(self._sessions))
+        metrics.gauged("sessions", "Bound sessions", lambda: len(self.sessions))
         metrics.counted("stanzas_received", "Stanzas taken from sessions", lambda: routing.received)
         metrics.counted("stanzas_delivered", "Stanzas written to sessions", lambda: routing.deliveries.delivered)
-        metrics.counted("stanzas_bounced", "Stanzas answered with an error", lambda: routing.bounced)
+        metrics.counted("stanzas_bounced", "Stanzas answered with an error", lambda: routing.answers.bounced)
         metrics.counted("forward_batches", "Batches sent to other routers", lambda: links.totals()[0])
         metrics.counted("forward_items", "Stanzas and notes sent to other routers", lambda: links.totals()[1])
         metrics.counted("forward_bytes", "Bytes of them", lambda: links.totals()[2])
@@ -136,7 +157,7 @@ class Router:
             "forward_flows", "Flows to other routers with something under way", lambda: len(self._forwarder)
         )
         metrics.counted("sessions_given", "Sessions handed to other routers", lambda: self._hand_over.given)
-        metrics.counted("sessions_adopted", "Sessions taken from other routers", lambda: self._hand_over.adopted)
+        metrics.counted("sessions_adopted", "Sessions taken from other routers", lambda: self._adoption.adopted)
         metrics.counted("sessions_orphaned", "Sessions ended for routers that failed", lambda: self._orphans.ended)
 
     async def start(self) -> None:
@@ -145,19 +166,35 @@ class Router:
         await self._messages.start()
         self._tasks.spawn(self.routing.deliveries.deadlines.run(), "router: IQ deadlines")
         self._tasks.spawn(self._binding.run(), "router: availability of sessions")
+        self._tasks.spawn(self._binding.tidy(), "router: rows without session")
         self._tasks.spawn(self._orphans.run(), "router: sessions without router")
         self._tasks.spawn(self._give_up_waiting(), "router: stanzas that came by a newer view")
         self._member.on_change(self._view_changed)
         self._view_changed(self._member.view)
-        self._serving = True
+        self._tasks.spawn(self._serve_when_known(), "router: until the others know it")
+
+    async def _serve_when_known(self) -> None:
+        """Sessions come when the other routers know of this one: what they send must not miss them."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + KNOWN_TIMEOUT
+        known = await self._member.wait_until(self._is_up, KNOWN_TIMEOUT)
+        known = known and await self._links.known(max(0.0, deadline - loop.time()))
+        if not known:
+            log.warning("not_known_to_all", waited=KNOWN_TIMEOUT)
+        self._serving = not self._adoption.draining
+
+    def _is_up(self, view: ClusterView) -> bool:
+        node = view.by_incarnation(self._own)
+        return node is not None and node.state in (NodeState.UP, NodeState.SUSPECT)
 
     def _view_changed(self, view: ClusterView) -> None:
         """The order matters: links first, for the strategy may use them; what they give back goes by the new view;
         then sessions move."""
         self._links.view_changed(view)
-        self.routing.view_changed(view, self._own)
+        self.routing.view_changed(view)
         self._forwarder.view_changed(view)
         self._links.view_applied(view)
+        self._adoption.view_changed(view)
         self._hand_over.view_changed(view)
         self._orphans.view_changed(view)
         self._news.view_changed(view)
@@ -168,9 +205,24 @@ class Router:
             self._forwarder.give_up_waiting()
 
     async def drain(self) -> None:
-        """Takes no new stream, and hands its sessions to other routers."""
-        await self._hand_over.drain()
+        """Takes no sessions of other routers, and hands its own to them. Streams without a session get a while to
+        authenticate: behind that they go on elsewhere. Then what is under way gets a while to arrive."""
+        self._adoption.draining = True
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + UNBOUND_TIMEOUT
+        await self._hand_over.drain(lambda: len(self._adoption) > 0 or (self._has_streams() and loop.time() < ends))
+        ends = loop.time() + UNDER_WAY_TIMEOUT
+        while self.is_busy() and loop.time() < ends:  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(LOOK)
         self._serving = False
+
+    def _has_streams(self) -> bool:
+        return any(len(link) for link in self._api.links)
+
+    def is_busy(self) -> bool:
+        """Whether sessions are ending, or stanzas on their way, of which nobody else knows."""
+        owed = self._hand_over.owed + self.routing.endings.owed
+        return bool(self._negotiator.ending + owed + len(self._forwarder))
 
     async def stop(self) -> None:
         self._serving = False

@@ -2,31 +2,29 @@
 
 The table of sessions is the truth. Who binds enters a row; when another session is in the way it is ended, at
 whichever router it is, and then its place is free. Of two that bind at the same moment one finds the row of
-the other, so exactly one is left.
+the other, so exactly one is left. Whatever the database leaves open, no row stays without a session: what may be
+there is removed, again and again, and what is found without a session is ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
+from services.router.peers import Failed, Peers
 from services.router.sessions import Session, Sessions
 from services.router.store import SessionRow, SessionTable
 from tidings.api.router.v1.router_pb2 import EndSessionRequest
-from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
 from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
-from tidings.kit.rpc_errors import describe
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid
 
 if TYPE_CHECKING:
     from services.router.orphans import Orphans
-    from tidings.kit.channel import Channels
     from tidings.kit.membership import Member
 
 log = get_logger("cluster")
@@ -34,14 +32,14 @@ log = get_logger("cluster")
 # Tries to get a full JID that others want too, and seconds between them.
 TRIES = 20
 PAUSE = 0.05
-# Seconds for another router to end a session.
-END_TIMEOUT = 3.0
 # Seconds between two tries to write what the database did not take.
 RETRY = 1.0
 # Seconds that a new session may take to send presence, before its row says that it has sent none.
 SILENT = 5.0
 # Seconds in which changes of availability are collected.
 COLLECT = 0.1
+# Seconds between two looks for rows of this router without a session; they go when they were seen twice.
+SWEEP = 10.0
 
 
 class Binding:
@@ -54,7 +52,7 @@ class Binding:
         table: SessionTable,
         orphans: Orphans,
         member: Member,
-        channels: Channels,
+        peers: Peers,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self._own = own
@@ -62,16 +60,32 @@ class Binding:
         self._table = table
         self._orphans = orphans
         self._member = member
-        self._channels = channels
+        self._peers = peers
         self._spawn = spawn
-        self._seen: dict[str, tuple[Jid, bool]] = {}
+        # What is to be written of availability: by session, under which epoch.
+        self._seen: dict[str, tuple[Jid, int, bool]] = {}
+        # Sessions whose rows come or go just now.
+        self._unsettled: set[str] = set()
 
     async def take(self, session: Session, displace: Callable[[Session], Awaitable[None]]) -> None:
         """Gets the full JID for a session; `displace` ends one of this router. Raises StanzaError, DatabaseAway."""
+        self._unsettled.add(session.id)
+        try:
+            await self._take(session, displace)
+        except Exception:
+            # Its row may be there all the same.
+            self.forgo(session)
+            raise
+        asyncio.get_running_loop().call_later(SILENT, self._still_silent, session)
+
+    def bound(self, session: Session) -> None:
+        """The session of a row that was taken is among the others."""
+        self._unsettled.discard(session.id)
+
+    async def _take(self, session: Session, displace: Callable[[Session], Awaitable[None]]) -> None:
         for attempt in range(TRIES):
             row = await self._table.bind(session.jid, session.id, self._own)
             if row is None:
-                asyncio.get_running_loop().call_later(SILENT, self._still_silent, session)
                 return
             present = self._sessions.get(row.session)
             if present is not None:
@@ -81,11 +95,13 @@ class Binding:
                 await asyncio.sleep(PAUSE)
             elif row.router != self._own and await self._ended_elsewhere(row):
                 await asyncio.sleep(PAUSE if attempt else 0)
-            elif await self._table.replace(row, session.id, self._own):
-                # Its router is no more, and nobody else has told so.
+            else:
                 session.epoch = row.epoch + 1
-                await self._orphans.tell(row)
-                return
+                if await self._table.replace(row, session.id, self._own):
+                    # Its router is no more, and nobody else has told so.
+                    await self._orphans.tell(row)
+                    return
+                session.epoch = 1
         raise StanzaError("resource-constraint", "others bind the same resource; try again", type="wait")
 
     async def _ended_elsewhere(self, row: SessionRow) -> bool:
@@ -97,31 +113,117 @@ class Binding:
             node = self._member.view.by_incarnation(row.router)
         if node is None or node.state is NodeState.FAILED:
             return False
-        stub: Any = RouterServiceStub(self._channels.to(node))
         try:
-            request = EndSessionRequest(session=row.session, jid=str(row.jid))
-            await stub.EndSession(request, timeout=END_TIMEOUT)
-        except grpc.RpcError as error:
-            log.info("session_not_ended", router=node.hostname, reason=describe(error))
+            await self._peers.end(node, EndSessionRequest(session=row.session, jid=str(row.jid)))
+        except Failed as error:
+            log.info("session_not_ended", router=node.hostname, reason=str(error))
         return True
 
-    async def give_up(self, session: Session) -> bool:
-        """Removes the row of a session that ends; False when it is another router's by now."""
-        self._seen.pop(session.id, None)
-        try:
-            return await self._table.end(session.jid, session.id, session.epoch) is not None
-        except DatabaseAway:
-            self._spawn(self._give_up_later(session), "row of a session that has ended")
-            return True
+    # --- rows that go from router to router (hand_over.py) ---
 
-    async def _give_up_later(self, session: Session) -> None:
+    async def adopt(self, jid: Jid, session: str, epoch: int, giver: str) -> bool:
+        """Takes a session's row from another router, under the next epoch; False when it is not that one's any more.
+        May be repeated. Raises DatabaseAway."""
+        if session in self._unsettled:
+            return False  # it is being ended
+        with self._settling(session):
+            return await self._table.move(SessionRow(jid, session, epoch, giver), self._own)
+
+    async def keep(self, session: Session) -> bool:
+        """Raises the epoch of a session, so that a router which was asked to adopt it can't any more; False when its
+        row is not this router's. May be repeated. Raises DatabaseAway."""
+        if not await self._table.move(SessionRow(session.jid, session.id, session.epoch, self._own), self._own):
+            return False
+        session.epoch += 1
+        self._note(session, session.seen_available)
+        return True
+
+    async def is_reachable(self, session: Session) -> bool:
+        """Whether the table answers now: then the row of a session can be changed, as far as one can see."""
+        try:
+            await self._table.of_account(session.jid.bare)
+        except DatabaseAway:
+            return False
+        return True
+
+    @contextmanager
+    def _settling(self, session: str) -> Iterator[None]:
+        self._unsettled.add(session)
+        try:
+            yield
+        finally:
+            self._unsettled.discard(session)
+
+    # --- the end ---
+
+    async def give_up(self, session: Session) -> bool:
+        """Removes the row of a session that ends; False when it is another router's by now, or will be: this one was
+        put out, and the others end its sessions."""
+        self._seen.pop(session.id, None)
+        if self._is_put_out():
+            return False
+        self._unsettled.add(session.id)
+        try:
+            removed = await self._table.end(session.jid, session.id, session.epoch)
+        except DatabaseAway:
+            self.forgo(session)
+            return True
+        self._unsettled.discard(session.id)
+        return removed is not None
+
+    def _is_put_out(self) -> bool:
+        own = self._member.view.by_incarnation(self._own)
+        return own is None or own.state is NodeState.FAILED
+
+    def forgo(self, session: Session) -> None:
+        """Removes the row of a session, if there is one, as soon as the database lets us."""
+        self._unsettled.add(session.id)
+        self._spawn(self._remove(session), "row of a session that is not there")
+
+    async def _remove(self, session: Session) -> None:
         while True:
-            await asyncio.sleep(RETRY)
             try:
                 await self._table.end(session.jid, session.id, session.epoch)
-                return
+                break
+            except DatabaseAway:
+                await asyncio.sleep(RETRY)
+        self._unsettled.discard(session.id)
+
+    # --- rows without a session ---
+
+    async def tidy(self) -> None:
+        """Ends rows of this router for which there is no session."""
+        missed: set[str] = set()
+        while True:
+            await asyncio.sleep(SWEEP)
+            try:
+                rows: list[SessionRow] = []
+                if (await self._table.routers()).get(self._own, 0) > len(self._sessions) + len(self._unsettled):
+                    rows = [row for row in await self._table.of_router(self._own) if self._is_left(row)]
+                for row in rows:
+                    if row.session in missed:
+                        await self._end_left(row)
             except DatabaseAway:
                 continue
+            missed = {row.session for row in rows}
+
+    async def clear(self, jid: Jid, session: str) -> None:
+        """Another router needs the place of a session that is not here; its row, if it is ours, was left behind.
+        Raises DatabaseAway."""
+        for row in await self._table.of_account(jid.bare):
+            if row.session == session and row.router == self._own:
+                await self._end_left(row)
+
+    def _is_left(self, row: SessionRow) -> bool:
+        return self._sessions.get(row.session) is None and row.session not in self._unsettled
+
+    async def _end_left(self, row: SessionRow) -> None:
+        if self._is_left(row):
+            log.error("row_without_session", jid=str(row.jid), session=row.session)
+            with self._settling(row.session):
+                await self._orphans.end(row)
+
+    # --- whether contacts may have seen it ---
 
     def _still_silent(self, session: Session) -> None:
         """A session that has sent no presence for a while: nobody needs to be told of its end."""
@@ -132,8 +234,15 @@ class Binding:
         """Notes whether contacts may have seen a session available, for whoever must tell them of its end."""
         available = type_ == ""
         if session.seen_available is not available:
-            session.seen_available = available
-            self._seen[session.id] = (session.jid, available)
+            self._note(session, available)
+
+    def _note(self, session: Any, available: bool) -> None:
+        session.seen_available = available
+        self._seen[session.id] = (session.jid, session.epoch, available)
+
+    def adopted(self, session: Session) -> None:
+        """What the row says of a session that was taken over is not known here: it is written anew."""
+        self._note(session, session.presence is not None)
 
     async def run(self) -> None:
         """Writes what was noted, in groups."""
@@ -143,7 +252,7 @@ class Binding:
             if not seen:
                 continue
             try:
-                await self._table.set_available([(jid, id_, there) for id_, (jid, there) in seen.items()])
+                await self._table.set_available([(jid, id_, epoch, to) for id_, (jid, epoch, to) in seen.items()])
             except DatabaseAway:
                 self._seen = {**seen, **self._seen}
                 await asyncio.sleep(RETRY)

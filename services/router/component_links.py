@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from services.router.store import RosterStore
+from services.router.store import AccountStore, RosterStore
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.common.v1.stanza_pb2 import Envelope, Feed
 from tidings.api.component.v1 import component_pb2 as pb
@@ -35,6 +35,13 @@ VHOST = "{vhost}"
 # Every domain that is neither a virtual host nor another component's.
 DEFAULT_ROUTE = "*"
 MAX_INSTANCE = 64
+# How --component-allow calls the feeds.
+FEEDS = {Feed.FEED_PRESENCE: "feed:presence", Feed.FEED_SESSION_END: "feed:session-end"}
+# Requests at accounts that a component may have open; of more, the answers to the oldest are dropped. It stops a
+# component that answers nothing from filling memory.
+MAX_ASKED = 10_000
+# Accounts share so many lanes for what one component sends.
+LANES = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +79,8 @@ class ComponentLinks:
         self._by_domain: dict[str, list[ComponentLink]] = {}
         self._by_namespace: dict[str, list[ComponentLink]] = {}
         self._by_feed: dict[int, list[ComponentLink]] = {}
+        # By component: its open requests at accounts, as account, who asks, and id, the oldest first.
+        self._asked: dict[str, dict[tuple[str, str, str], bool]] = {}
         # The feeds are made with what every module has.
         self.module = ModuleSpec("component_feeds", self._watch)
 
@@ -86,24 +95,22 @@ class ComponentLinks:
             raise _bad("`routing_key` must be set")
         if not registration.domains and not registration.account_namespaces:
             raise _bad("a component registers at least one domain or namespace")
+        if not FEEDS.keys() >= set(registration.feeds):
+            raise _bad("there is no such feed")
         allowed = set(self._allowed(link.name))
-        domains: list[str] = []
-        for pattern in registration.domains:
-            if pattern not in allowed:
+        for wanted in (
+            *registration.domains,
+            *(f"account:{namespace}" for namespace in registration.account_namespaces),
+            *(FEEDS[feed] for feed in registration.feeds),
+        ):
+            if wanted not in allowed:
                 raise TidingsError(
                     ErrorReason.ERROR_REASON_NOT_ALLOWED,
-                    f"the component {link.name!r} may not register {pattern!r}; the router's option "
-                    f"--component-allow[{link.name}]={pattern} would allow it",
-                    domain=pattern,
+                    f"the component {link.name!r} may not register {wanted!r}; the router's option "
+                    f"--component-allow[{link.name}]={wanted} would allow it",
+                    wanted=wanted,
                 )
-            domains.extend(self._written_out(pattern))
-        for namespace in registration.account_namespaces:
-            if f"account:{namespace}" not in allowed:
-                raise TidingsError(
-                    ErrorReason.ERROR_REASON_NOT_ALLOWED,
-                    f"the component {link.name!r} may not serve {namespace!r} at accounts; the router's option "
-                    f"--component-allow[{link.name}]=account:{namespace} would allow it",
-                )
+        domains = [domain for pattern in registration.domains for domain in self._written_out(pattern)]
         for domain in domains:
             others = self._by_domain.get(domain, [])
             if domain in self._hosts or any(other.name != link.name for other in others):
@@ -165,8 +172,17 @@ class ComponentLinks:
         if not envelope.to_jid:
             # RFC 6120 10.3.3: without `to` it is for the sender's own account.
             envelope.to_jid = str(Jid.parse(envelope.from_jid).bare)
-        self._pick(links, envelope.to_jid).send(envelope)
+        link = self._pick(links, envelope.to_jid)
+        asked = self._asked.setdefault(link.name, {})
+        asked[envelope.to_jid, envelope.from_jid, envelope.id] = True
+        if len(asked) > MAX_ASKED:
+            del asked[next(iter(asked))]
+        link.send(envelope)
         return True
+
+    def serves_accounts(self, name: str) -> bool:
+        """Whether a component of this name is attached that serves a namespace at accounts."""
+        return any(link.name == name for links in self._by_namespace.values() for link in links)
 
     def _pick(self, links: list[ComponentLink], to_jid: str) -> ComponentLink:
         if len(links) == 1:
@@ -205,8 +221,9 @@ class ComponentLinks:
 
     # --- from components ---
 
-    def checked(self, link: ComponentLink, envelope: Envelope) -> Envelope:
-        """What a component sent, with the routing fields of its bytes. Raises TidingsError."""
+    def checked(self, link: ComponentLink, envelope: Envelope) -> Envelope | None:
+        """What a component sent, with the routing fields of its bytes; None for what nobody waits for. Raises
+        TidingsError."""
         try:
             element = parse_stanza(envelope.stanza)
             sender, to = Jid.parse(element.attrs.get("from", "")), Jid.parse(element.attrs.get("to", ""))
@@ -216,21 +233,60 @@ class ComponentLinks:
             raise _bad("a component's stanzas need `from` and `to`, both JIDs") from None
         if element.name not in KINDS:
             raise _bad(f"{element.name!r} is no stanza")
-        at_account = bool(link.registration.account_namespaces) and sender.domain in self._hosts
-        if (
-            sender.domain not in link.domains
-            and not (at_account and sender.local and not sender.resource)
-            and not (DEFAULT_ROUTE in link.domains and self._foreign(sender.domain))
-        ):
-            raise _bad(f"{sender} lies in none of the component's domains")
+        foreign = DEFAULT_ROUTE in link.domains and self._foreign(sender.domain)
+        if sender.domain not in link.domains and not foreign:
+            if sender.domain not in self._hosts or not sender.local or sender.resource:
+                raise _bad(f"{sender} lies in none of the component's domains")
+            if element.name == "iq" and element.attrs.get("type") in ("result", "error"):
+                asked = self._asked.get(link.name, {})
+                if not asked.pop((str(sender), str(to), element.attrs.get("id", "")), False):
+                    return None
+            elif element.name != "message" or not element.children or not self._is_event(link, element.children):
+                raise _bad(f"for {sender} the component only answers, and tells of its own namespaces")
         return Envelope(
             origin=link.instance, kind=KINDS[element.name], type=element.attrs.get("type", ""),
             id=element.attrs.get("id", ""), from_jid=str(sender), to_jid=str(to),
             children=element.children, stanza=envelope.stanza,
         )  # fmt: skip
 
+    def _is_event(self, link: ComponentLink, children: Iterable[str]) -> bool:
+        """Whether a message tells of nothing but what the component serves at accounts (PEP). It may come unasked:
+        when a contact comes online, also for an account that has been silent since this router's start."""
+        own = set(link.registration.account_namespaces)
+        return all(child.partition("}")[0].lstrip("{") in own for child in children)
+
     def _foreign(self, domain: str) -> bool:
         return domain not in self._hosts and domain not in self._by_domain
+
+
+class Lanes:
+    """Works off what one component sends: in order for each account, and none waits for what the database has to do
+    for another one. When a lane is long, `short` waits till it is empty: then no more is read."""
+
+    def __init__(self, spawn: Callable[[Any, str], Any]) -> None:
+        self._lanes = [Lane(spawn) for _ in range(LANES)]
+        self._long = 0
+        self._short = asyncio.Event()
+        self._short.set()
+        for lane in self._lanes:
+            lane.on_long = self._lengthened
+            lane.on_short = self._shortened
+
+    def run(self, step: Callable[[Envelope], Awaitable[None] | None], envelope: Envelope) -> None:
+        account = envelope.to_jid.partition("/")[0]
+        self._lanes[hash(account) % LANES].run(step, envelope)
+
+    async def short(self) -> None:
+        await self._short.wait()
+
+    def _lengthened(self) -> None:
+        self._long += 1
+        self._short.clear()
+
+    def _shortened(self) -> None:
+        self._long -= 1
+        if not self._long:
+            self._short.set()
 
 
 class ComponentApi(ComponentServiceServicer):
@@ -240,6 +296,7 @@ class ComponentApi(ComponentServiceServicer):
         self,
         links: ComponentLinks,
         routing: Routing,
+        accounts: AccountStore,
         rosters: RosterStore,
         incarnation: str,
         spawn: Callable[[Any, str], Any],
@@ -248,6 +305,7 @@ class ComponentApi(ComponentServiceServicer):
         self._ready = ready
         self._links = links
         self._routing = routing
+        self._accounts = accounts
         self._rosters = rosters
         self._incarnation = incarnation
         self._spawn = spawn
@@ -273,7 +331,7 @@ class ComponentApi(ComponentServiceServicer):
         registered.virtual_hosts.extend(sorted(self._routing.hosts))
         writers = Tasks()
         writers.spawn(outbox.run(context.write), f"component {name}")
-        lane = Lane(self._spawn)
+        lanes = Lanes(self._spawn)
         try:
             request = first
             while request is not grpc.aio.EOF:
@@ -281,7 +339,10 @@ class ComponentApi(ComponentServiceServicer):
                 for assignment in request.assignments:
                     (link.assigned.add if assignment.taken else link.assigned.discard)(assignment.key)
                 for envelope in request.envelopes:
-                    lane.run(self._routing.route, self._links.checked(link, envelope))
+                    checked = self._links.checked(link, envelope)
+                    if checked is not None:
+                        lanes.run(self._routing.route, checked)
+                await lanes.short()
                 request = await context.read()
         except Overflow as error:
             log.error("component_does_not_read", component=name, reason=str(error))
@@ -291,14 +352,25 @@ class ComponentApi(ComponentServiceServicer):
             await writers.finish(LAST_WRITE)
 
     async def GetRosterItem(self, request: pb.GetRosterItemRequest, context: Any) -> pb.GetRosterItemResponse:
+        name = component_name(current_caller(context), context)
+        if not self._links.serves_accounts(name):
+            raise TidingsError(
+                ErrorReason.ERROR_REASON_NOT_ALLOWED,
+                f"{name!r} is not attached here as a component that serves a namespace at accounts",
+            )
         try:
             account, contact = Jid.parse(request.account), Jid.parse(request.contact)
         except JidError as error:
             raise _bad(f"no JID: {error}") from None
         try:
+            there = account.domain in self._routing.hosts and await self._accounts.exists(
+                account.domain, account.local
+            )
             roster = await self._rosters.load(account)
         except DatabaseAway:
             raise TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer") from None
+        if not there:
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_FOUND, f"there is no account {account.bare}")
         item = roster.items.get(str(contact.bare))
         if item is None:
             return pb.GetRosterItemResponse(subscription="none")

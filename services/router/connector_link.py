@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from services.router.negotiation import Negotiation, Negotiator
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamCommand, StreamEvent
+from tidings.api.router.v1.router_pb2 import (
+    AttachRequest,
+    AttachResponse,
+    SessionAttach,
+    StreamCommand,
+    StreamEvent,
+)
 from tidings.kit.link import Lane, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
-from tidings.kit.module import KINDS
+from tidings.kit.module import KINDS, NONZA
 from tidings.xmpp.errors import StreamError
 from tidings.xmpp.parser import parse_stanza
 
@@ -57,15 +63,22 @@ class ConnectorLink:
     def receive(self, request: AttachRequest) -> None:
         """Takes a batch; returns when all of it is worked off or waits in a lane."""
         now = int(time.time() * 1000)
-        if not request.events:
-            for envelope in request.envelopes:
-                self._stanza(envelope, now)
-            return
-        for item in in_order(request.envelopes, request.events):
-            if isinstance(item, Envelope):
-                self._stanza(item, now)
-            else:
-                self._event(item, now)
+        for item in in_order(request.envelopes, request.events) if request.events else request.envelopes:
+            try:
+                if isinstance(item, Envelope):
+                    self._stanza(item, now)
+                else:
+                    self._event(item, now)
+            except Exception:
+                self._failed(item)
+
+    def _failed(self, item: Envelope | StreamEvent) -> None:
+        """Called while an exception is handled that nobody has foreseen: it costs one stream, not all of the link."""
+        log.exception("stream_failed", connector=self.name)
+        if isinstance(item, StreamEvent):
+            self.close(item.stream, "internal-server-error")
+        elif (session := self._sessions.get(item.origin)) is not None:
+            self.close(session.stream, "internal-server-error")
 
     def _stanza(self, envelope: Envelope, now: int) -> None:
         session = self._sessions.get(envelope.origin)
@@ -91,7 +104,7 @@ class ConnectorLink:
         if which == "opened" and number not in self._streams:
             self._streams[number] = Negotiation(self, number, Lane(self._spawn))
         elif which == "attach" and number not in self._streams:
-            self._attach(number, event.attach.ticket)
+            self._attach(number, event.attach)
             return
         stream = self._streams.get(number)
         if stream is None:
@@ -112,27 +125,29 @@ class ConnectorLink:
             stream.lane.run(self._negotiator.stanza, stream, event.stanza)
         elif which == "move_ready":
             if stream.session is not None:
-                self._negotiator.hand_over.ready(stream.session)
+                self._negotiator.hand_over.ready(stream.session, event.move_ready.attempt)
         elif which == "leaving":
             if stream.session is not None:
                 stream.session.lane.run(self._negotiator.dismiss, stream.session)
         elif which == "closed":
             self._streams.pop(number, None)
             log.debug("stream_closed", stream=number, clean=event.closed.clean, reason=event.closed.reason)
-            session = stream.session
-            if session is not None:
-                session.lane.run(self._negotiator.end, session)
-            else:
-                stream.lane.run(self._negotiator.bind_abandoned, stream)
+            self._end(stream)
 
     def closed(self) -> None:
         """The link is gone, and with it all its streams."""
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            if stream.session is not None:
-                stream.session.lane.run(self._negotiator.end, stream.session)
-            else:
-                stream.lane.run(self._negotiator.bind_abandoned, stream)
+            self._end(stream)
+
+    def _end(self, stream: Negotiation) -> None:
+        session = stream.session
+        if session is not None:
+            # At once; the end itself comes behind what it has sent.
+            session.closed = True
+            session.lane.run(self._negotiator.end, session)
+        else:
+            stream.lane.run(self._negotiator.bind_abandoned, stream)
 
     # --- to the connector ---
 
@@ -148,7 +163,11 @@ class ConnectorLink:
 
     def command(self, stream: int) -> StreamCommand:
         """A command for a stream, behind all that was written before; the caller fills it in."""
-        batch = self._outbox.begin_item()
+        try:
+            batch = self._outbox.begin_item()
+        except Overflow:
+            self._cut_off()
+            return StreamCommand()
         return batch.commands.add(stream=stream, position=len(batch.envelopes))
 
     def close(self, stream: int, condition: str, text: str = "") -> None:
@@ -171,9 +190,9 @@ class ConnectorLink:
         session.lane.on_long = lambda: self._set_reading(number, False)
         session.lane.on_short = lambda: self._set_reading(number, True)
 
-    def _attach(self, number: int, ticket: bytes) -> None:
+    def _attach(self, number: int, attach: SessionAttach) -> None:
         """A session that this router has adopted goes on here."""
-        session = self._negotiator.hand_over.attach(self, number, ticket)
+        session = self._negotiator.adoption.attach(self, number, attach)
         if session is None:
             log.info("attach_refused", connector=self.name, stream=number)
             self.close(number, "system-shutdown", "the session is no longer there; please connect again")
@@ -181,7 +200,7 @@ class ConnectorLink:
         stream = self._streams[number] = Negotiation(self, number, Lane(self._spawn))
         stream.session = session
         self._serve(session)
-        self._negotiator.hand_over.attached(session)
+        self._negotiator.adoption.attached(session)
 
     def unbound(self, session: Session) -> None:
         """The session has ended: nothing more comes from it."""
@@ -205,17 +224,18 @@ class ConnectorLink:
 
 
 def _verified(envelope: Envelope, from_jid: str | None) -> bool:
-    """Puts the routing fields of the bytes into the envelope; False when the bytes are not what they must be."""
+    """Puts the routing fields of the bytes into the envelope; False when the bytes are not what they must be.
+
+    `from_jid`: the session's, which must be in it; None before there is a session, when it may be any element.
+    """
     try:
         element = parse_stanza(envelope.stanza)
     except StreamError:
         return False
-    if element.name not in KINDS:
-        return False
     attrs = element.attrs
-    if from_jid is not None and attrs.get("from") != from_jid:
+    if from_jid is not None and (element.name not in KINDS or attrs.get("from") != from_jid):
         return False
-    envelope.kind = KINDS[element.name]
+    envelope.kind = KINDS.get(element.name, NONZA)
     envelope.type = attrs.get("type", "")
     envelope.id = attrs.get("id", "")
     envelope.to_jid = attrs.get("to", "")

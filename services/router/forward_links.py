@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,16 @@ from tidings.api.router.v1.router_pb2 import ForwardHello, ForwardRequest, Forwa
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
 from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
 from tidings.cluster.node import Node
+from tidings.cluster.strategy import Plan
 from tidings.cluster.view import ClusterView
 from tidings.kit.link import INTERVAL, Gap, Outbox, Overflow
 from tidings.kit.logging import get_logger
-from tidings.kit.rpc_errors import describe
+from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.tasks import Tasks
 
 if TYPE_CHECKING:
     from tidings.kit.channel import Channels
+    from tidings.kit.membership import Member
 
 log = get_logger("cluster")
 
@@ -45,6 +46,11 @@ class OutgoingLink:
         self._forwarder = forwarder
         self.outbox: Outbox[ForwardRequest] = Outbox(ForwardRequest, INTERVAL, resumable=True)
         self.outbox.on_batch = self._numbered
+        self.outbox.on_relief = self._relieved
+        # The other router has answered a call.
+        self.welcomed = False
+        # Notes of the strategy that found no room: they must not be lost.
+        self._postponed: deque[tuple[Item, Sent]] = deque()
         # What is in no numbered batch yet; then by batch; and what is being dealt with for longer.
         self._unnumbered: deque[Sent] = deque()
         self._batches: dict[int, list[Sent | None]] = {}
@@ -54,12 +60,11 @@ class OutgoingLink:
 
     def send(self, item: Item, sent: Sent, refusals_seen: int) -> None:
         """Raises Overflow when the other router has not taken anything for long."""
+        if item.mode is Mode.STRATEGY and (self._postponed or self.outbox.congested):
+            self._postponed.append((item, sent))
+            return
         if item.mode in NOTES:
-            name, content = item.payload
-            self.outbox.begin(len(content)).add(
-                forwarding=int(item.mode), to_jid=item.account, children=(name,), stanza=content, prompt=True
-            )
-            self._unnumbered.append(sent)
+            self._note(item, sent)
             return
         source: Envelope = item.payload
         envelopes = self.outbox.begin(len(source.stanza) + 128)
@@ -71,19 +76,32 @@ class OutgoingLink:
         envelope.hops = source.hops + 1
         if sent.group is not None:
             envelope.prompt = not sent.group.certain
-            if not item.resource:
-                # Addressed to a full JID that is gone, and treated as if to the account (RFC 6121 8.5.3.2.1).
-                envelope.to_jid = item.account
+        if not envelope.to_jid or (sent.group is not None and not item.resource):
+            # Sent without `to`, which means the account (RFC 6120 10.3); or to a full JID that is gone, and treated
+            # as if to the account (RFC 6121 8.5.3.2.1).
+            envelope.to_jid = f"{item.account}/{item.resource}" if item.resource else item.account
         self._unnumbered.append(sent)
+
+    def _note(self, item: Item, sent: Sent) -> None:
+        name, content = item.payload
+        self.outbox.begin(len(content)).add(
+            forwarding=int(item.mode), to_jid=item.account, children=(name,), stanza=content, prompt=True
+        )
+        self._unnumbered.append(sent)
+
+    def _relieved(self) -> None:
+        while self._postponed and not self.outbox.congested:
+            self._note(*self._postponed.popleft())
+        self._forwarder.relieved()
 
     def _numbered(self, batch: ForwardRequest) -> None:
         self._batches[batch.sequence] = [self._unnumbered.popleft() for _ in batch.envelopes]
 
     def receive(self, response: ForwardResponse) -> None:
         """Takes the answers. Raises Gap."""
-        if not self.outbox.take(response.sequence):
-            return
         self.outbox.confirmed(response.received_through)
+        if response.sequence and not self.outbox.take(response.sequence):
+            return
         for answer in response.answers:
             key = (answer.sequence, answer.index)
             batch = self._batches.get(answer.sequence)
@@ -112,10 +130,11 @@ class OutgoingLink:
         if self.task is not None:
             self.task.cancel()
         unanswered = [sent for batch in self._batches.values() for sent in batch if sent is not None]
-        unanswered += [*self._later.values(), *self._unnumbered]
+        unanswered += [*self._later.values(), *self._unnumbered, *(sent for _, sent in self._postponed)]
         self._batches.clear()
         self._later.clear()
         self._unnumbered.clear()
+        self._postponed.clear()
         for sent in unanswered:
             self._forwarder.lost(sent)
 
@@ -126,7 +145,7 @@ class IncomingLink:
     def __init__(self, incarnation: str, forwarder: Forwarder) -> None:
         self.incarnation = incarnation
         self._forwarder = forwarder
-        self.outbox: Outbox[ForwardResponse] = Outbox(ForwardResponse, INTERVAL, resumable=True)
+        self.outbox: Outbox[ForwardResponse] = Outbox(ForwardResponse, INTERVAL, resumable=True, bounded=False)
         # The call that serves it now.
         self.handling: asyncio.Task[Any] | None = None
 
@@ -134,25 +153,32 @@ class IncomingLink:
         """Takes a batch; what can be dealt with at once is, the rest is answered later. Raises Gap."""
         outbox = self.outbox
         outbox.confirmed(request.received_through)
-        if not outbox.take(request.sequence):
-            outbox.confirm_soon()
-            return
         sequence = request.sequence
-        incoming = self._forwarder.incoming
-        for index, envelope in enumerate(request.envelopes):
-            account, _, resource = envelope.to_jid.partition("/")
-            mode = Mode(envelope.forwarding)
-            item = Item(
-                (envelope.from_jid.partition("/")[0], account), account, resource,
-                (envelope.children[0], envelope.stanza) if mode in NOTES else envelope,
-                mode, source=self.incarnation, answer=partial(self._answered, sequence, index, envelope.prompt),
-            )  # fmt: skip
-            incoming(item, envelope.view_version, envelope.refusals_seen)
-            if item.answer is not None:
-                outbox.begin_item().answers.add(sequence=sequence, index=index, later=True)
-                item.answer = partial(self._answered, sequence, index, True)
-        outbox.safe = sequence
+        if not sequence:
+            return
+        if outbox.take(sequence):
+            for index, envelope in enumerate(request.envelopes):
+                try:
+                    self._take(sequence, index, envelope)
+                except Exception:
+                    # It must not take those behind it along: of a batch that was taken none may be forgotten.
+                    log.exception("forwarded_item_failed", router=self.incarnation, forwarding=envelope.forwarding)
+                    outbox.begin_item().answers.add(sequence=sequence, index=index, refused=True)
+            outbox.safe = sequence
         outbox.confirm_soon()
+
+    def _take(self, sequence: int, index: int, envelope: Envelope) -> None:
+        account, _, resource = envelope.to_jid.partition("/")
+        mode = Mode(envelope.forwarding)
+        item = Item(
+            (envelope.from_jid.partition("/")[0], account), account, resource,
+            (envelope.children[0], envelope.stanza) if mode in NOTES else envelope,
+            mode, source=self.incarnation, answer=partial(self._answered, sequence, index, envelope.prompt),
+        )  # fmt: skip
+        self._forwarder.incoming(item, envelope.view_version, envelope.refusals_seen)
+        if item.answer is not None:
+            self.outbox.begin_item().answers.add(sequence=sequence, index=index, later=True)
+            item.answer = partial(self._answered, sequence, index, True)
 
     def _answered(self, sequence: int, index: int, prompt: bool, item: Item) -> None:
         if item.taken and not prompt and not item.content:
@@ -168,18 +194,16 @@ class IncomingLink:
 class ForwardLinks:
     """All links of one router."""
 
-    def __init__(self, own: Node, channels: Channels, tasks: Tasks, report: Callable[[Node, str], None]) -> None:
+    def __init__(self, own: Node, channels: Channels, tasks: Tasks, member: Member) -> None:
         self._own = own
         self._channels = channels
         self._tasks = tasks
-        # Tells a registry of a router that could not be reached.
-        self._report = report
+        self._member = member
         self._forwarder: Forwarder | None = None
         self._outgoing: dict[str, OutgoingLink] = {}
         self._incoming: dict[str, IncomingLink] = {}
-        # Totals, for metrics and for counting what strategies cost.
-        self.batches = 0
-        self.bytes = 0
+        # Set when another router has opened its link, and then replaced.
+        self._come = asyncio.Event()
 
     def start(self, forwarder: Forwarder) -> None:
         self._forwarder = forwarder
@@ -189,13 +213,18 @@ class ForwardLinks:
         assert self._forwarder is not None
         for node in view.with_router_sessions():
             if node.incarnation not in self._outgoing and node.incarnation != self._own.incarnation:
-                link = self._outgoing[node.incarnation] = OutgoingLink(node, self._forwarder)
-                link.task = self._tasks.spawn(self._keep(link), f"forward link to {node.hostname}")
+                self._open(node)
+
+    def _open(self, node: Node) -> OutgoingLink:
+        assert self._forwarder is not None
+        link = self._outgoing[node.incarnation] = OutgoingLink(node, self._forwarder)
+        link.task = self._tasks.spawn(self._keep(link), f"forward link to {node.hostname}")
+        return link
 
     def view_applied(self, view: ClusterView) -> None:
         """Ends links to routers that went. Called when the forwarder knows the view, for what comes back goes
         another way."""
-        alive = {node.incarnation for node in view.with_router_sessions()}
+        alive = {node.incarnation for node in view.living_routers()}
         for gone in set(self._incoming) - alive:
             incoming = self._incoming.pop(gone)
             if incoming.handling is not None:
@@ -215,11 +244,16 @@ class ForwardLinks:
         except Overflow:
             log.warning("forward_link_full", router=link.node.hostname if link else node)
         # Not within this call: its caller has not noted yet that it was sent.
-        asyncio.get_running_loop().call_soon(self._forwarder.lost, sent)
+        given_up = self._forwarder.lost if link is None else self._forwarder.dropped
+        asyncio.get_running_loop().call_soon(given_up, sent)
 
-    def congested(self, node: str) -> bool:
-        link = self._outgoing.get(node)
-        return link is not None and link.outbox.congested
+    def crowded(self, plan: Plan) -> bool:
+        """Whether a link that a plan needs should get nothing more for now."""
+        for node in (plan.decides, *plan.nodes):
+            link = self._outgoing.get(node)
+            if link is not None and link.outbox.congested:
+                return True
+        return False
 
     def totals(self) -> tuple[int, int, int]:
         """Batches, envelopes and bytes of stanzas that were sent to other routers."""
@@ -240,10 +274,14 @@ class ForwardLinks:
                 why = "the call ended"
             except grpc.RpcError as error:
                 why = describe(error)
-            except (TimeoutError, OSError, Gap) as error:
+                if error_detail(error) is None:  # else it has answered
+                    self._member.report(node, why)
+            except Gap as error:
+                why = str(error)
+            except (TimeoutError, OSError) as error:
                 why = str(error) or "no answer"
+                self._member.report(node, why)
             log.debug("forward_link_down", router=node.hostname, reason=why)
-            self._report(node, why)
             await asyncio.sleep(RETRY)
 
     async def _forward(self, link: OutgoingLink) -> None:
@@ -253,10 +291,22 @@ class ForwardLinks:
         writers = Tasks(lambda _name, _error: call.cancel())
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT):
-                hello = ForwardHello(router_incarnation=self._own.incarnation, resume_after=link.outbox.received)
+                hello = ForwardHello(
+                    router_incarnation=self._own.incarnation,
+                    resume_after=link.outbox.received,
+                    fresh=not link.welcomed,
+                )
                 await call.write(ForwardRequest(hello=hello))
                 first = await call.read()
             if first is grpc.aio.EOF or not first.HasField("welcome"):
+                return
+            self._member.reaches(node)
+            link.welcomed = True
+            if first.welcome.resume_after < link.outbox.confirmed_through:
+                # It has forgotten the link, and with it what it may not have dealt with.
+                log.warning("forward_link_forgotten", router=node.hostname)
+                self._open(node)
+                link.lost()
                 return
             log.debug("forward_link_up", router=node.hostname, resumed_after=first.welcome.resume_after)
             link.outbox.resume(first.welcome.resume_after)
@@ -267,10 +317,24 @@ class ForwardLinks:
             call.cancel()
             await writers.stop()
 
-    def incoming(self, incarnation: str) -> IncomingLink:
+    def incoming(self, incarnation: str, fresh: bool) -> IncomingLink:
         """The link that a router's call carries on, or a new one."""
         assert self._forwarder is not None
         link = self._incoming.get(incarnation)
-        if link is None:
+        if link is None or fresh:
+            if link is not None and link.handling is not None:
+                link.handling.cancel()
             link = self._incoming[incarnation] = IncomingLink(incarnation, self._forwarder)
+            self._come.set()
+            self._come = asyncio.Event()
         return link
+
+    async def known(self, timeout: float) -> bool:
+        """Waits until every router of the view has opened its link to this one; False when one has not in time."""
+        try:
+            async with asyncio.timeout(timeout):
+                while set(self._outgoing) - set(self._incoming):
+                    await self._come.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 
+from services.router.adoption import Adoption
+from services.router.binding import Binding
 from services.router.connector_link import ConnectorLink
 from services.router.forward_links import ForwardLinks
-from services.router.hand_over import HandOver
 from services.router.negotiation import Negotiator
 from services.router.sessions import Sessions
 from tidings.api.common.v1.error_pb2 import ErrorReason
@@ -26,11 +27,13 @@ from tidings.api.router.v1.router_pb2 import (
     ForwardWelcome,
 )
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer
+from tidings.kit.db import DatabaseAway
 from tidings.kit.grpc_server import current_caller
 from tidings.kit.link import INTERVAL, LAST_WRITE, Gap, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.rpc_errors import TidingsError
 from tidings.kit.tasks import Tasks
+from tidings.xmpp.jid import Jid, JidError
 
 log = get_logger("router")
 
@@ -57,7 +60,8 @@ class RouterApi(RouterServiceServicer):
         negotiator: Negotiator,
         sessions: Sessions,
         forward_links: ForwardLinks,
-        hand_over: HandOver,
+        adoption: Adoption,
+        binding: Binding,
         spawn: Callable[[Any, str], Any],
         ready: Callable[[], bool],
     ) -> None:
@@ -65,9 +69,12 @@ class RouterApi(RouterServiceServicer):
         self._negotiator = negotiator
         self._sessions = sessions
         self._forward_links = forward_links
-        self._hand_over = hand_over
+        self._adoption = adoption
+        self._binding = binding
         self._spawn = spawn
         self._ready = ready
+        # The calls of connectors, by their incarnations.
+        self._attached: dict[str, asyncio.Task[Any]] = {}
         self.links: set[ConnectorLink] = set()
 
     async def Attach(  # type: ignore[override] # grpc.aio also takes a coroutine that writes by itself
@@ -99,6 +106,13 @@ class RouterApi(RouterServiceServicer):
         welcome.router_incarnation = self._incarnation
         welcome.fresh = True
         writers = Tasks()
+        handling = asyncio.current_task()
+        assert handling is not None
+        before = self._attached.get(incarnation)
+        if before is not None:
+            # The connector has opened another call, so the one before is dead, whether we have noticed or not.
+            before.cancel()
+        self._attached[incarnation] = handling
         self.links.add(link)
         log.debug("connector_attached", connector=caller.name, incarnation=incarnation)
         writers.spawn(outbox.run(context.write), f"link to {caller.name}")
@@ -112,6 +126,8 @@ class RouterApi(RouterServiceServicer):
             log.error("connector_does_not_read", connector=caller.name, reason=str(error))
         finally:
             self.links.discard(link)
+            if self._attached.get(incarnation) is handling:
+                del self._attached[incarnation]
             log.debug("connector_detached", connector=caller.name, incarnation=incarnation)
             link.closed()
             outbox.end()
@@ -126,7 +142,7 @@ class RouterApi(RouterServiceServicer):
             raise TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, "the first request must carry `hello`")
         if first.hello.router_incarnation != caller.incarnation:
             raise TidingsError(ErrorReason.ERROR_REASON_NOT_ALLOWED, "`router_incarnation` is not the caller's own")
-        link = self._forward_links.incoming(caller.incarnation)
+        link = self._forward_links.incoming(caller.incarnation, first.hello.fresh)
         before, link.handling = link.handling, asyncio.current_task()
         if before is not None:
             # The caller has opened another call, so the one before is dead, whether we have noticed or not.
@@ -148,11 +164,20 @@ class RouterApi(RouterServiceServicer):
     async def AdoptSession(self, request: AdoptSessionRequest, context: Any) -> AdoptSessionResponse:
         if not self._ready():
             raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the router is starting or stopping")
-        epoch, ticket = await self._hand_over.adopt(request, current_caller(context).incarnation)
+        epoch, ticket = await self._adoption.adopt(request, current_caller(context).incarnation)
         return AdoptSessionResponse(epoch=epoch, ticket=ticket)
 
     async def EndSession(self, request: EndSessionRequest, context: Any) -> EndSessionResponse:
-        session = self._sessions.get(request.session)
-        if session is not None:
-            await self._negotiator.displace(session)
+        # Carried through also when the caller waits no longer: gRPC cancels its handlers then.
+        await asyncio.shield(self._spawn(self._end_session(request), "end a session that another one replaces"))
         return EndSessionResponse()
+
+    async def _end_session(self, request: EndSessionRequest) -> None:
+        try:
+            session = self._sessions.get(request.session)
+            if session is not None:
+                await self._negotiator.displace(session)
+            else:
+                await self._binding.clear(Jid.parse(request.jid), request.session)
+        except (DatabaseAway, JidError) as error:
+            log.info("session_not_ended", session=request.session, reason=str(error))

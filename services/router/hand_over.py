@@ -1,93 +1,109 @@
 """Sessions go from router to router: when the view gives their account another keeper, and when one drains.
 
-The stream stays where it is. In order: the connector stops reading the client and says so behind all that the
-client has sent (`prepare_move`, `move_ready`); what that set in motion is waited for; the session is frozen,
-its record goes to the other router, which takes the session over in the table under the next epoch
-(`AdoptSession`); the connector is told (`moved`) and attaches the stream there. What arrives for a frozen
-session goes with it. Nobody sees presence, and a client sees a pause.
+The stream stays where it is, nobody sees presence, and a client sees a pause. The steps, from the router that gives
+to the one that takes (adoption.py):
+
+1. The giver has the connector stop reading the client, and say so behind all that the client has sent
+   (`prepare_move`, `move_ready`). What that has set in motion is waited for.
+2. The giver freezes the session: what comes for it is kept. Its record goes to the taker, which takes its row over
+   under the next epoch (`AdoptSession`). From then on the session is the taker's; what reaches it there waits.
+3. The giver tells the connector (`moved`), which attaches the stream at the taker; and it gives the taker what it
+   has kept (`SessionGiven`, a note on their link).
+4. The taker has both: the client gets what was given, then what came directly, each sender's in its order.
+
+While no answer to step 2 comes, nobody but the table knows which of the two has the session. So the giver takes the
+row itself, under the next epoch. Where that succeeds no late adoption can, and all goes on as before. Where it does
+not the session is the taker's, and the giver asks again until that one says so. The session stays frozen so long.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
+from services.router.peers import Failed, Peers
+from services.router.session_record import record_of
 from services.router.sessions import Session, Sessions
-from services.router.store import SessionRow, SessionTable
 from tidings.api.common.v1.error_pb2 import ErrorReason
-from tidings.api.common.v1.session_pb2 import AskedIq, SessionFlags, SessionRecord
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.api.router.v1.router_pb2 import AdoptSessionRequest
-from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
-from tidings.cluster.forwarding import Item
+from tidings.api.router.v1.router_pb2 import AdoptSessionRequest, SessionGiven
+from tidings.cluster.forwarding import Item, Mode
 from tidings.cluster.hashing import rendezvous
 from tidings.cluster.node import Node, NodeState
-from tidings.cluster.strategy import Plan, routers
+from tidings.cluster.strategy import routers
 from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
+from tidings.kit.link import Lane
 from tidings.kit.logging import get_logger
-from tidings.kit.module import PRESENCE, Hooks
-from tidings.kit.rpc_errors import TidingsError, describe
-from tidings.xmpp.jid import Jid
+from tidings.kit.module import IQ, MESSAGE, Hooks
 
 if TYPE_CHECKING:
+    from services.router.binding import Binding
     from services.router.connector_link import ConnectorLink
     from services.router.routing import Routing
-    from services.router.tickets import Tickets
-    from tidings.kit.channel import Channels
 
 log = get_logger("cluster")
 
+# The name of the notes that carry SessionGiven (no module has it: theirs are those of their entry points), and what
+# is answered when the session has ended.
+GIVEN = "=session-given"
+GONE = b"gone"
+# Bytes of stanzas in one of them: with that of others it stays far from the 8 MiB that a link takes at once.
+GIVEN_BYTES = 512 * 1024
+
 # Moves at one time: each holds one session still for some milliseconds.
 AT_ONCE = 32
-# Seconds for the connector to stop reading, for what is under way, and for the other router.
+# Seconds for the connector to stop reading, and for what is under way.
 READY_TIMEOUT = 5.0
 QUIET_TIMEOUT = 10.0
-ADOPT_TIMEOUT = 5.0
 # Seconds between two tries, and between two looks at what is under way.
 RETRY = 1.0
 LOOK = 0.005
-# Seconds that a session which was taken over waits for its connector.
-ATTACH_TIMEOUT = 10.0
 # How often a stream that is not bound yet is sent on: routers whose views differ would send it in a circle.
 MAX_MOVES = 4
 
 
+class _Lost(Exception):
+    """Neither this router nor the other one has the session any more; the text says why."""
+
+
 class HandOver:
-    """Hands over the sessions of this router that belong elsewhere, and takes those of others."""
+    """Knows where sessions belong, and gives those of this router that belong elsewhere."""
 
     def __init__(
         self,
         own: str,
         sessions: Sessions,
-        table: SessionTable,
+        binding: Binding,
         routing: Routing,
-        tickets: Tickets,
         hooks: Hooks,
-        channels: Channels,
+        peers: Peers,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self._own = own
         self._sessions = sessions
-        self._table = table
+        self._binding = binding
         self._routing = routing
-        self._tickets = tickets
         self._hooks = hooks
-        self._channels = channels
+        self._peers = peers
         self._spawn = spawn
         self._view = ClusterView()
         self._draining = False
-        self._ready: dict[str, asyncio.Future[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
-        # What becomes of a session whose connector never came for it.
-        self.abandon: Callable[[Session], Any] = lambda _session: None
-        # Totals, for metrics.
+        # By session: which question its connector is to answer, and who waits for that.
+        self._asked: dict[str, tuple[int, asyncio.Future[None]]] = {}
+        self._questions = 0
+        # Sessions of which it is not known yet who has them.
+        self._unsettled: dict[str, asyncio.Future[None]] = {}
+        # Notes with what came for sessions that are given, and that are not taken yet.
+        self.owed = 0
+        # Ends a session and its stream.
+        self.dismiss: Callable[[Session], Any] = lambda _session: None
+        # Total, for metrics.
         self.given = 0
-        self.adopted = 0
 
     # --- where sessions belong ---
 
@@ -97,28 +113,33 @@ class HandOver:
         for session in self._sessions:
             self.place(session)
 
-    async def drain(self) -> None:
-        """Hands over all sessions; returns when none is left, or nobody can take them."""
+    async def drain(self, more: Callable[[], bool]) -> None:
+        """Hands over all sessions; returns when none is left and no `more` are to come, or nobody can take them."""
         self._draining = True
-        while len(self._sessions) and any(self.target(session.account) for session in self._sessions):
+        while self._others(NodeState.UP, NodeState.SUSPECT) and (len(self._sessions) or more()):
             for session in self._sessions:
                 self.place(session)
             await asyncio.sleep(LOOK * 4)
 
     def target(self, account: str) -> Node | None:
-        """The other router that is to keep the sessions of an account; None when it is this one."""
-        keeper = self._routing.strategy.keeper(account)
-        if self._draining and keeper in ("", self._own):
-            others = [node.incarnation for node in routers(self._view) if node.incarnation != self._own]
-            keeper = rendezvous(account, others) if others else self._own
-        if keeper in ("", self._own):
+        """The other router that is to keep the sessions of an account; None when it is this one, or the other can't
+        take them now: a suspect one is back, or has failed, by a view that comes soon."""
+        keeper = self._view.by_incarnation(self._routing.strategy.keeper(account))
+        if self._draining and (keeper is None or keeper.incarnation == self._own or keeper.state is not NodeState.UP):
+            others = self._others(NodeState.UP)
+            keeper = self._view.by_incarnation(rendezvous(account, others)) if others else None
+        if keeper is None or keeper.incarnation == self._own or keeper.state is not NodeState.UP:
             return None
-        node = self._view.by_incarnation(keeper)
-        return node if node is not None and node.state in (NodeState.UP, NodeState.SUSPECT) else None
+        return keeper
+
+    def _others(self, *states: NodeState) -> list[str]:
+        return [
+            node.incarnation for node in routers(self._view) if node.incarnation != self._own and node.state in states
+        ]
 
     def place(self, session: Session) -> None:
         """Starts to hand a session over, if it belongs elsewhere."""
-        if session.moving or session.link is None:
+        if session.moving or session.closed or session.link is None:
             return
         node = self.target(session.account)
         if node is not None:
@@ -127,61 +148,74 @@ class HandOver:
 
     # --- giving ---
 
-    def ready(self, session: Session) -> None:
-        """The connector has stopped reading."""
-        ready = self._ready.pop(session.id, None)
-        if ready is not None and not ready.done():
-            ready.set_result(None)
-
-    def ended(self, session: Session) -> None:
-        """The session is over: nothing needs to be waited for."""
-        self.ready(session)
-
     async def _move(self, session: Session, node: Node) -> None:
         async with self._slots:
             link = session.link
-            if link is None or self._sessions.get(session.id) is not session:
-                return
-            moved = False
-            try:
-                moved = await self._try(session, node, link)
-            finally:
-                self._ready.pop(session.id, None)
-                if not moved:
-                    self._stay(session, link)
+            moved = link is not None and self._is_here(session) and await self._try(session, node, link)
         if not moved:
+            session.moving = False
             await asyncio.sleep(RETRY)
-            if self._sessions.get(session.id) is session:
+            if self._is_here(session):
                 self.place(session)
 
     async def _try(self, session: Session, node: Node, link: ConnectorLink) -> bool:
-        ready = self._ready[session.id] = asyncio.get_running_loop().create_future()
-        link.command(session.stream).prepare_move.SetInParent()
+        """Whether the session is the other router's now."""
+        if not await self._binding.is_reachable(session) or not self._is_here(session):
+            return False  # without the database it would have to stand still till that is back
+        if not await self._is_still(session, link) or not self._is_here(session):
+            self._stay(session, link)
+            return False
+        session.frozen = deque()
+        settled = self._unsettled[session.id] = asyncio.get_running_loop().create_future()
+        ticket = None
+        try:
+            ticket = await self._adopted_by(node, session)
+        except _Lost as error:
+            log.error("session_lost", session=session.id, account=session.account, reason=str(error))
+            self._spawn(self.dismiss(session), "end a session that is lost")
+        finally:
+            if ticket is not None:
+                self._give(session, node, link, ticket)
+            else:
+                self._stay(session, link)
+            del self._unsettled[session.id]
+            settled.set_result(None)
+        return ticket is not None
+
+    def _is_alive(self, node: Node) -> bool:
+        present = self._view.by_incarnation(node.incarnation)
+        return present is not None and present.state is not NodeState.FAILED
+
+    def _is_here(self, session: Session) -> bool:
+        return self._sessions.get(session.id) is session
+
+    async def _is_still(self, session: Session, link: ConnectorLink) -> bool:
+        """Whether, in time, nothing more comes from the client, and all that it has sent is dealt with."""
+        self._questions += 1
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked[session.id] = (self._questions, answered)
+        link.command(session.stream).prepare_move.attempt = self._questions
         try:
             async with asyncio.timeout(READY_TIMEOUT):
-                await ready
+                await answered
             async with asyncio.timeout(QUIET_TIMEOUT):
                 await self._quiet(session)
         except TimeoutError:
-            log.warning("session_not_moved", session=session.id, to=node.hostname, reason="it was not quiet in time")
+            log.warning("session_not_moved", session=session.id, reason="it was not quiet in time")
             return False
-        if self._sessions.get(session.id) is not session or session.link is not link:
-            return False
-        session.frozen = deque()
-        request = AdoptSessionRequest(record=self._record(session), stream=session.stream)
-        try:
-            stub: Any = RouterServiceStub(self._channels.to(node))
-            reply = await stub.AdoptSession(request, timeout=ADOPT_TIMEOUT)
-            epoch, ticket = reply.epoch, reply.ticket
-        except grpc.RpcError as error:
-            log.info("session_not_moved", session=session.id, to=node.hostname, reason=describe(error))
-            if not await self._is_gone(session, node):
-                return False
-            epoch = session.epoch + 1
-            ticket = self._tickets.seal(session.connector, session.account, session.id, epoch)
-        self._give(session, node, link, ticket)
-        log.debug("session_moved", session=session.id, account=session.account, to=node.hostname, epoch=epoch)
+        finally:
+            self._asked.pop(session.id, None)
         return True
+
+    def ready(self, session: Session, attempt: int) -> None:
+        """The connector has stopped reading, as it was asked in this attempt."""
+        asked, answered = self._asked.get(session.id, (0, None))
+        if answered is not None and asked == attempt and not answered.done():
+            answered.set_result(None)
+
+    def ended(self, session: Session) -> None:
+        """The session is over: nothing needs to be waited for."""
+        self.ready(session, self._asked.get(session.id, (0, None))[0])
 
     async def _quiet(self, session: Session) -> None:
         """Waits until all that the session has sent is dealt with, and all that was stored for it given to it."""
@@ -191,17 +225,41 @@ class HandOver:
                 return
             await asyncio.sleep(LOOK)
 
-    async def _is_gone(self, session: Session, node: Node) -> bool:
-        """Whether the other router has it after all: its answer may have been lost."""
-        try:
-            rows = await self._table.of_account(session.jid.bare)
-        except DatabaseAway:
-            return False
-        return any(row.session == session.id and row.router == node.incarnation for row in rows)
+    async def _adopted_by(self, node: Node, session: Session) -> bytes | None:
+        """Has another router take a session over: the ticket for its connector, or None when it stays here after all.
+        Raises _Lost."""
+        record = record_of(session, self._routing.deliveries.deadlines.left(session))
+        request = AdoptSessionRequest(record=record, stream=session.stream)
+        pause = 0.0
+        while True:
+            try:
+                return (await self._peers.adopt(node, request)).ticket
+            except Failed as error:
+                refusal = error
+            log.info("session_not_adopted", session=session.id, by=node.hostname, reason=str(refusal))
+            if not pause and refusal.reason == ErrorReason.ERROR_REASON_NOT_SERVING:
+                return None  # it has done nothing, nor had it before
+            try:
+                if await self._binding.keep(session):
+                    return None
+                if refusal.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
+                    raise _Lost("its row is neither router's")
+                if not self._is_alive(node):
+                    raise _Lost("the router that has taken it is gone")
+            except DatabaseAway:
+                pause = RETRY
+            await asyncio.sleep(pause)
+            pause = RETRY
+
+    async def settled(self, session: Session) -> None:
+        """Waits until it is known whether a session is this router's or another one's."""
+        unsettled = self._unsettled.get(session.id)
+        if unsettled is not None:
+            await asyncio.shield(unsettled)
 
     def _give(self, session: Session, node: Node, link: ConnectorLink, ticket: bytes) -> None:
         """It is the other router's now."""
-        frozen, session.frozen = session.frozen or deque(), None
+        kept = self._routing.deliveries.kept(session)
         self._sessions.remove(session)
         session.link = None
         link.release(session)
@@ -214,103 +272,61 @@ class HandOver:
         for handler in self._hooks.session_left:
             handler(session)
         self.given += 1
-        for envelope in frozen:
-            self._pass_on(session, envelope, node)
+        self._spawn(self._give_rest(session, node, kept), "give what came for a session")
+        log.debug("session_moved", session=session.id, account=session.account, to=node.hostname)
 
-    def _pass_on(self, session: Session, envelope: Envelope, node: Node) -> None:
-        """What came while the session was frozen."""
-        passed = Envelope()
-        passed.CopyFrom(envelope)
-        passed.to_jid = session.jid_text
-        flow = (passed.from_jid.partition("/")[0], session.account)
-        item = Item(flow, session.account, session.jid.resource, passed)
-        self._routing.forwarder.copies(item, Plan(nodes=(node.incarnation,)), False)
+    async def _give_rest(self, session: Session, node: Node, kept: list[Envelope]) -> None:
+        """Gives the other router what came for the session while it was frozen."""
+        self.owed += 1
+        try:
+            for given, held in _portions(kept):
+                more = given + len(held) < len(kept)
+                note = SessionGiven(session=session.id, held=held, more=more)
+                if not await self._tell(node, session.account, note):
+                    # The session has ended there, or with the router.
+                    self.send_on(session, kept[given:])
+                    return
+        finally:
+            self.owed -= 1
+
+    async def _tell(self, node: Node, account: str, note: SessionGiven) -> bool:
+        """Whether another router has taken a note, and has the session; tries as long as it lives."""
+        item = Item(("", account), account, "", (GIVEN, note.SerializeToString()), Mode.NOTE)
+        while self._is_alive(node):
+            told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            answers = self._routing.forwarder.ask((node.incarnation,), item, partial(told.set_result, None))
+            await told
+            if answers:
+                return answers[0] != GONE
+            await asyncio.sleep(RETRY)  # their link was full
+        return False
+
+    def send_on(self, session: Session, kept: Iterable[Envelope]) -> None:
+        """What waited for a session that is no more goes on: a message to the other sessions of the account or into
+        the store, the request in an IQ back as an error. By its number nobody gets it twice."""
+        lane = Lane(self._spawn)
+        for envelope in kept:
+            if envelope.kind == MESSAGE:
+                envelope.to_jid = session.account
+            elif envelope.kind != IQ or not envelope.from_jid:
+                continue
+            lane.run(self._routing.route, envelope)
 
     def _stay(self, session: Session, link: ConnectorLink) -> None:
-        """The move did not come about; all goes on as before."""
-        session.moving = False
+        """The move did not come about; all goes on as before. The connector is told in any case: it may hold back the
+        end of the stream."""
         frozen, session.frozen = session.frozen, None
         for envelope in frozen or ():
             self._routing.deliveries.deliver(session, envelope)
-        if session.link is link:
-            link.command(session.stream).moved.SetInParent()
+        link.command(session.stream).moved.SetInParent()
 
-    def _record(self, session: Session) -> SessionRecord:
-        asked = self._routing.deliveries.deadlines.left(session)
-        record = SessionRecord(
-            id=session.id, epoch=session.epoch, jid=session.jid_text, lang=session.lang, sent=session.delivered,
-            number=session.number, taken=session.taken, directed_presence=sorted(session.directed),
-            flags=SessionFlags(interested=session.interested, priority=session.priority),
-            connector_incarnation=session.connector,
-            asked=[AskedIq(to_jid=to, id=id_, left=left) for to, id_, left in asked],
-        )  # fmt: skip
-        if session.presence is not None:
-            record.presence.kind = PRESENCE
-            record.presence.stanza = session.presence
-        return record
 
-    # --- taking ---
-
-    async def adopt(self, request: AdoptSessionRequest, giver: str) -> tuple[int, bytes]:
-        """Takes a session over: its new epoch, and the ticket for its connector. Raises TidingsError."""
-        record = request.record
-        jid = Jid.parse(record.jid)
-        present = self._sessions.get(record.id)
-        if present is None:
-            try:
-                moved = await self._table.move(SessionRow(jid, record.id, record.epoch, giver), self._own)
-            except DatabaseAway:
-                raise TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer") from None
-            if not moved:
-                raise TidingsError(ErrorReason.ERROR_REASON_STALE_EPOCH, f"{record.jid} is not the caller's any more")
-            present = self._adopted(jid, request)
-        ticket = self._tickets.seal(present.connector, present.account, present.id, present.epoch)
-        return present.epoch, ticket
-
-    def _adopted(self, jid: Jid, request: AdoptSessionRequest) -> Session:
-        record = request.record
-        session = Session(jid, record.lang, None, request.stream, self._spawn)
-        session.id = record.id
-        session.epoch = record.epoch + 1
-        session.connector = record.connector_incarnation
-        session.number = record.number
-        session.delivered = record.sent
-        session.taken = dict(record.taken)
-        session.directed = set(record.directed_presence)
-        session.interested = record.flags.interested
-        session.priority = record.flags.priority
-        session.presence = record.presence.stanza if record.HasField("presence") else None
-        # Until the connector attaches its stream.
-        session.frozen = deque(request.held)
-        session.moving = True
-        self._sessions.add(session)
-        self._routing.strategy.session_opened(session.account, jid.resource)
-        self._routing.deliveries.deadlines.adopted(
-            session, [(asked.to_jid, asked.id, asked.left) for asked in record.asked]
-        )
-        self.adopted += 1
-        asyncio.get_running_loop().call_later(ATTACH_TIMEOUT, self._never_attached, session)
-        return session
-
-    def _never_attached(self, session: Session) -> None:
-        if session.link is None and self._sessions.get(session.id) is session:
-            log.warning("session_not_attached", session=session.id, waited=ATTACH_TIMEOUT)
-            self._spawn(self.abandon(session), "end a session that nobody attached")
-
-    def attach(self, link: ConnectorLink, stream: int, sealed: bytes) -> Session | None:
-        """The connector brings the stream of a session; None when it is not for this stream, or not here."""
-        ticket = self._tickets.open(sealed, link.incarnation)
-        session = self._sessions.get(ticket.session) if ticket is not None else None
-        if ticket is None or session is None or session.epoch != ticket.epoch or session.link is not None:
-            return None
-        session.link = link
-        session.stream = stream
-        return session
-
-    def attached(self, session: Session) -> None:
-        """What waited for it goes to its stream."""
-        frozen, session.frozen = session.frozen, None
-        session.moving = False
-        for envelope in frozen or ():
-            self._routing.deliveries.deliver(session, envelope)
-        self.place(session)
+def _portions(kept: list[Envelope]) -> Iterator[tuple[int, list[Envelope]]]:
+    """Stanzas in portions for one note each, at least one; and how many go before each."""
+    start = size = 0
+    for index, envelope in enumerate(kept):
+        size += len(envelope.stanza)
+        if size > GIVEN_BYTES and index > start:
+            yield start, kept[start:index]
+            start, size = index, len(envelope.stanza)
+    yield start, kept[start:]

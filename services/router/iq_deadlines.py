@@ -45,7 +45,9 @@ class IqDeadlines:
         """A request leaves for somebody else. Raises StanzaError when too many wait."""
         if len(session.asked) >= MAX_ASKED:
             raise StanzaError("resource-constraint", "too many requests wait for their answers", type="wait")
-        session.asked[envelope.to_jid, envelope.id] = self._clock() + DEADLINE
+        key = envelope.to_jid, envelope.id
+        session.asked.pop(key, None)  # one that is asked again goes behind the others
+        session.asked[key] = self._clock() + DEADLINE
         self._asking[session.id] = session
 
     def adopted(self, session: Session, left: Iterable[tuple[str, str, float]]) -> None:

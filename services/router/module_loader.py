@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -12,6 +13,7 @@ from services.router.routing import Routing
 from services.router.sessions import Session, Sessions
 from services.router.store import AccountStore
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
 from tidings.kit.module import GROUP, Hooks, Module, ModuleSpec
 from tidings.xmpp.jid import Jid
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 log = get_logger("router")
 
 P = TypeVar("P")
+
+# Seconds between two tries while the database is away.
+RETRY = 1.0
 
 
 def installed() -> list[ModuleSpec]:
@@ -103,14 +108,35 @@ class RouterForModules:
     async def account_exists(self, jid: Jid) -> bool:
         return await self._accounts.exists(jid.domain, jid.local)
 
+    def is_open(self, session: Session) -> bool:
+        return self._routing.deliveries.is_open(session)
+
+    def in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._spawn(_logged(work, name), name)
+
     def delete_account(self, account: Jid) -> None:
-        self._spawn(self._negotiator.delete_account(account), "delete account")
+        self.in_background(self._delete_account(account), "delete account")
+
+    async def _delete_account(self, account: Jid) -> None:
+        while True:
+            try:
+                await self._negotiator.delete_account(account)
+                return
+            except DatabaseAway:
+                await asyncio.sleep(RETRY)
 
     def store(self, port: Callable[..., P]) -> P:
         return cast(P, self._stores[cast(Any, port)])
 
     def components(self) -> Mapping[str, str]:
         return self._components.titles()
+
+
+async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("background_work_failed", work=name)
 
 
 def load(specs: list[ModuleSpec], hooks: Hooks, router: RouterForModules, options: Options, metrics: Metrics) -> None:

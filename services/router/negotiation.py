@@ -16,11 +16,13 @@ from tidings.kit.link import Lane
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KIND_NAMES, Hooks, Stanza
 from tidings.xmpp import ns
-from tidings.xmpp.errors import SaslError, StanzaError
+from tidings.xmpp.errors import SaslError, StanzaError, StreamError
 from tidings.xmpp.jid import Jid, JidError
-from tidings.xmpp.stanza import error_stanza, escape_text, iq_result
+from tidings.xmpp.parser import parse_stanza
+from tidings.xmpp.stanza import Stamp, error_stanza, escape_text, iq_result
 
 if TYPE_CHECKING:
+    from services.router.adoption import Adoption
     from services.router.binding import Binding
     from services.router.connector_link import ConnectorLink
     from services.router.hand_over import HandOver
@@ -74,18 +76,22 @@ class Negotiator:
         accounts: AccountStore,
         binding: Binding,
         hand_over: HandOver,
+        adoption: Adoption,
         tickets: Tickets,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self.routing = routing
         self._binding = binding
         self.hand_over = hand_over
+        self.adoption = adoption
         self._tickets = tickets
         self._sessions = sessions
         self._hooks = hooks
         self._authentication = authentication
         self._accounts = accounts
         self._spawn = spawn
+        # Sessions that are ending just now.
+        self.ending = 0
 
     # --- features ---
 
@@ -94,7 +100,7 @@ class Negotiator:
         stream.info = opened
         if opened.ticket:
             ticket = self._tickets.open(opened.ticket, stream.link.incarnation)
-            if ticket is None:
+            if ticket is None or ticket.session:
                 log.error("ticket_refused", connector=stream.link.name, stream=stream.number)
                 stream.link.close(stream.number, "not-authorized")
                 return
@@ -184,14 +190,31 @@ class Negotiator:
     # --- stanzas before there is a session ---
 
     def stanza(self, stream: Negotiation, envelope: Envelope) -> Awaitable[None] | None:
+        if envelope.kind not in KIND_NAMES:
+            # RFC 6120 4.9.3.24.
+            stream.link.close(stream.number, "unsupported-stanza-type")
+            return None
         if stream.session is not None:
-            # Sent before the client could know that it is bound; it is, so it counts.
-            envelope.from_jid = stream.session.jid_text
-            return self.routing.from_session(stream.session, envelope)
+            self._sent_ahead(stream, stream.session, envelope)
+            return None
         if envelope.kind != IQ:
             stream.link.close(stream.number, "not-authorized")
             return None
         return self._request(stream, envelope)
+
+    def _sent_ahead(self, stream: Negotiation, session: Session, envelope: Envelope) -> None:
+        """Sent before the client could know that it is bound; it is, so it counts as what it sends behind that."""
+        try:
+            element = parse_stanza(envelope.stanza)
+            # RFC 6120 8.1.2.1: the connector could not check it, nor put the session's own in.
+            if not _speaks_for(session.jid, element.attrs.get("from")):
+                raise StreamError("invalid-from")
+        except StreamError as error:
+            stream.link.close(stream.number, error.condition, error.text)
+            return
+        envelope.stanza = Stamp(session.jid_text, session.lang).apply(element)
+        envelope.from_jid = session.jid_text
+        session.lane.run(self.routing.from_session, session, envelope)
 
     async def _request(self, stream: Negotiation, envelope: Envelope) -> None:
         try:
@@ -243,6 +266,11 @@ class Negotiator:
             raise StanzaError("resource-constraint", "too many sessions of this account", type="wait")
         session = Session(jid, stream.info.lang, stream.link, stream.number, self._spawn)
         await self._binding.take(session, self.displace)
+        stale = self._sessions.of(session.account).get(jid.resource)
+        if stale is not None:
+            # Its row was taken from it without our noticing.
+            await self.displace(stale)
+        self._binding.bound(session)
         self._sessions.add(session)
         self.routing.strategy.session_opened(session.account, jid.resource)
         stream.session = session
@@ -254,10 +282,18 @@ class Negotiator:
         stream.link.bound(session, iq_result(request.id, "", "", payload))
         log.debug("session_bound", session=session.id, account=session.account)
         self.hand_over.place(session)
+        if self._hooks.session_started:
+            # What it sends from now on waits for this, also what it has sent ahead.
+            session.lane.run(self._started, session)
+
+    async def _started(self, session: Session) -> None:
         for handler in self._hooks.session_started:
-            result = handler(session)
-            if result is not None:
-                await result
+            try:
+                result = handler(session)
+                if result is not None:
+                    await result
+            except Exception:
+                log.exception("session_start_failed", session=session.id)
 
     def bind_abandoned(self, stream: Negotiation) -> Awaitable[None] | None:
         """The stream closed while a bind request may have waited in its lane."""
@@ -266,34 +302,35 @@ class Negotiator:
     # --- the end of a session ---
 
     async def end(self, session: Session) -> None:
-        """Ends a session, once; who was told that it is available is told that it is not.
+        """Ends a session, once; who was told that it is available is told that it is not. What still waited for it
+        goes elsewhere.
 
         When its row is another router's by now, that one says it, and this one nothing.
         """
+        await self.hand_over.settled(session)
         if not self._sessions.remove(session):
             return
-        if session.link is not None:
-            session.link.unbound(session)
-            session.link = None
-        self.routing.deliveries.deadlines.ended(session)
-        self.hand_over.ended(session)
-        self.routing.strategy.session_closed(session.account, session.jid.resource)
-        if not await self._binding.give_up(session):
-            for left in self._hooks.session_left:
-                left(session)
-            return
-        was_available = session.presence is not None
-        for handler in self._hooks.session_ended:
-            try:
-                async with self.routing.step():
-                    result = handler(session, was_available)
-                    if result is not None:
-                        await result
-            except Exception:
-                log.exception("session_end_failed", session=session.id)
+        self.ending += 1
+        try:
+            if session.link is not None:
+                session.link.unbound(session)
+                session.link = None
+            self.routing.deliveries.deadlines.ended(session)
+            self.hand_over.ended(session)
+            kept = [*self.adoption.ended(session), *self.routing.deliveries.kept(session)]
+            self.routing.strategy.session_closed(session.account, session.jid.resource)
+            self.hand_over.send_on(session, kept)
+            if not await self._binding.give_up(session):
+                for left in self._hooks.session_left:
+                    left(session)
+                return
+            await self.routing.endings.tell(session, session.presence is not None)
+        finally:
+            self.ending -= 1
 
     async def dismiss(self, session: Session) -> None:
         """Its connector drains: the session ends, and then its stream, so that nothing is sent into the void."""
+        await self.hand_over.settled(session)
         link = session.link
         await self.end(session)
         if link is not None:
@@ -302,6 +339,7 @@ class Negotiator:
     async def displace(self, session: Session) -> None:
         """RFC 6120 7.7.2.2: the newcomer wins, so that a client whose old connection hangs gets in again."""
         log.info("resource_conflict", account=session.account)
+        await self.hand_over.settled(session)
         if session.link is not None:
             session.link.close(session.stream, "conflict", "replaced by a new connection")
         await self.end(session)
@@ -318,3 +356,13 @@ class Negotiator:
                 await result
         await self._accounts.delete(account.domain, account.local)
         log.info("account_deleted", account=str(account))
+
+
+def _speaks_for(jid: Jid, claimed: str | None) -> bool:
+    """Whether a `from` is none, or the session's own full or bare JID."""
+    if claimed is None:
+        return True
+    try:
+        return Jid.parse(claimed) in (jid, jid.bare)
+    except JidError:
+        return False

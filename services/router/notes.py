@@ -58,20 +58,25 @@ class Notes:
             item.taken = False
             log.exception("note_failed", module=item.payload[0])
 
-    def _send_note(self, module: str, account: str, content: bytes, then: Callable[[list[bytes]], None]) -> None:
+    def _send_note(self, module: str, account: str, content: bytes, then: Callable[[], None]) -> list[bytes]:
         """To the other routers that may have sessions of an account."""
         plan = self._strategy.locate(account, "")
         nodes = [node for node in (plan.decides, *plan.nodes) if node]
-        self._forwarder.ask(nodes, Item(("", account), account, "", (module, content), Mode.NOTE), then)
+        return self._forwarder.ask(nodes, Item(("", account), account, "", (module, content), Mode.NOTE), then)
 
     async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
-        """Sends a module's note; the answers of those that had one."""
-        answered: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
-        self._send_note(module, account, content, lambda found: _set(answered, found))
-        return await answered
+        """Sends a module's note; the answers of those that had one. A router that hangs is not waited for."""
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answers = self._send_note(module, account, content, lambda: _set(answered, None))
+        try:
+            async with asyncio.timeout(KNOWN_TIMEOUT):
+                await answered
+        except TimeoutError:
+            log.debug("note_not_answered", module=module, waited=KNOWN_TIMEOUT)
+        return list(answers)
 
     def tell(self, module: str, account: str, content: bytes) -> None:
-        self._send_note(module, account, content, lambda _answers: None)
+        self._send_note(module, account, content, lambda: None)
 
     async def known(self) -> None:
         """Waits, within bounds, until the other routers have taken the notes of our strategy."""

@@ -2,6 +2,9 @@
 
 Each router takes the accounts that hash to it; the table lets one of them win, whatever their views. Nothing is
 said before the row is gone: a router that was stopped and wakes finds that its sessions are no longer its own.
+
+Not promised: that those are told to whom the session had sent presence directly (RFC 6121 4.6) and who are no
+contacts. Whom it wrote to only its router knew.
 """
 
 from __future__ import annotations
@@ -10,17 +13,23 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import grpc
+
 from services.router.sessions import Session
 from services.router.store import SessionRow, SessionTable
+from tidings.api.registry.v1.registry_pb2 import ListNodesRequest
+from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from tidings.cluster.hashing import rendezvous
 from tidings.cluster.strategy import routers
 from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
-from tidings.kit.module import Hooks
+from tidings.kit.node_messages import node_from
+from tidings.kit.rpc_errors import describe
 
 if TYPE_CHECKING:
     from services.router.routing import Routing
+    from tidings.kit.channel import Channels
     from tidings.kit.membership import Member
 
 log = get_logger("cluster")
@@ -28,8 +37,11 @@ log = get_logger("cluster")
 # Seconds between two looks at what is left.
 LOOK = 1.0
 # Seconds between two looks for rows of routers that no view shows: all nodes may have died at once. They go when
-# they were seen twice.
+# they were seen twice, and a registry says that there is no such node: our view may stand still.
 SWEEP = 10.0
+LIST_TIMEOUT = 5.0
+# Sessions that are ended at one time.
+AT_ONCE = 32
 
 
 class Orphans:
@@ -40,16 +52,16 @@ class Orphans:
         own: str,
         table: SessionTable,
         routing: Routing,
-        hooks: Hooks,
         spawn: Callable[[Any, str], Any],
         member: Member,
+        channels: Channels,
     ) -> None:
         self._own = own
         self._table = table
         self._routing = routing
-        self._hooks = hooks
         self._spawn = spawn
         self._member = member
+        self._channels = channels
         self._view = ClusterView()
         self._alive: set[str] = set()
         self._cleaning: set[str] = set()
@@ -79,17 +91,29 @@ class Orphans:
                         break
                     log.info("ending_orphans", router=router, sessions=len(rows))
                     others = [node.incarnation for node in routers(self._view)] or [self._own]
-                    for row in rows:
+                    if first:
                         # At first each router takes its share; who should have taken one may be gone itself.
-                        if not first or rendezvous(str(row.jid.bare), others) == self._own:
-                            await self.end(row)
-                    first = False
+                        rows = [row for row in rows if rendezvous(str(row.jid.bare), others) == self._own]
+                        first = False
+                    await self._end_all(rows)
                 except DatabaseAway:
                     pass  # it comes back
                 await asyncio.sleep(LOOK)
         finally:
             self._cleaning.discard(router)
             self._member.cleaned(router)
+
+    async def _end_all(self, rows: list[SessionRow]) -> None:
+        """Raises DatabaseAway when all that could be ended are."""
+        slots = asyncio.Semaphore(AT_ONCE)
+
+        async def one(row: SessionRow) -> None:
+            async with slots:
+                await self.end(row)
+
+        for outcome in await asyncio.gather(*map(one, rows), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def end(self, row: SessionRow) -> None:
         """Ends a session on behalf of its router, if nobody else has. Raises DatabaseAway."""
@@ -104,14 +128,7 @@ class Orphans:
         session = Session(row.jid, "", None, 0, self._spawn)
         session.id = row.session
         session.presence = b"<presence/>" if row.available else None
-        for handler in self._hooks.session_ended:
-            try:
-                async with self._routing.step():
-                    result = handler(session, row.available)
-                    if result is not None:
-                        await result
-            except Exception:
-                log.exception("session_end_failed", session=session.id)
+        await self._routing.endings.tell(session, row.available)
 
     async def run(self) -> None:
         """Looks for rows of routers that no view has shown for two sweeps."""
@@ -122,6 +139,21 @@ class Orphans:
                 found = set(await self._table.routers()) - self._alive - {self._own}
             except DatabaseAway:
                 continue
-            for router in found & unknown:
-                self._start(router)
+            gone = found & unknown
+            if gone and (alive := await self._alive_now()):
+                for router in gone - alive:
+                    self._start(router)
             unknown = found
+
+    async def _alive_now(self) -> set[str]:
+        """The routers that have not failed, as a registry tells it now; none when no registry answers."""
+        for node in self._view.with_service("registry"):
+            stub: Any = RegistryServiceStub(self._channels.to(node))
+            try:
+                reply = await stub.ListNodes(ListNodesRequest(), timeout=LIST_TIMEOUT)
+            except grpc.RpcError as error:
+                log.debug("nodes_not_listed", by=node.hostname, reason=describe(error))
+                continue
+            listed = ClusterView(reply.view_version, [node_from(message) for message in reply.nodes])
+            return {one.incarnation for one in listed.living_routers()}
+        return set()

@@ -16,24 +16,26 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from services.router import delivery
+from services.router.answers import Answers, Components, Pending
 from services.router.deliveries import REQUESTS, Deliveries, is_tracked
 from services.router.delivery import Action, Addressed
+from services.router.endings import Endings
 from services.router.notes import Notes
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
-from tidings.cluster.strategy import Plan, Strategy
+from tidings.cluster.node import NodeState
+from tidings.cluster.strategy import HERE, Plan, Strategy
 from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
 from tidings.kit.link import Lane
 from tidings.kit.logging import get_logger
-from tidings.kit.module import IQ, KIND_NAMES, MESSAGE, PRESENCE, Hooks, Stanza, StanzaHandler, Where
+from tidings.kit.module import IQ, MESSAGE, PRESENCE, Hooks, Stanza, StanzaHandler, Where
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid, JidError
-from tidings.xmpp.stanza import error_stanza, iq_result
 
 if TYPE_CHECKING:
     from services.router.forward_links import ForwardLinks
@@ -41,27 +43,17 @@ if TYPE_CHECKING:
 
 log = get_logger("router")
 
-Pending = Awaitable[None] | None
-
 _step: ContextVar[Lane] = ContextVar("step")
 
 # How often an item was missed: nobody took it where the strategy said; nor where the table said.
 TABLE_ASKED = 2
+# Seconds to wait for a view that shows a router which only the table knows.
+NEWER_VIEW = 1.0
 
 # RFC 6121 4.7.1; presence without a type is available.
 PRESENCE_TYPES = frozenset(
     ("", "unavailable", "subscribe", "subscribed", "unsubscribe", "unsubscribed", "probe", "error")
 )
-
-
-class Components(Protocol):
-    """The component services that are attached, as the routing sees them."""
-
-    def send(self, domain: str, envelope: Envelope) -> bool:
-        """Hands a stanza to the component of a domain; False when none serves it."""
-
-    def send_for_account(self, envelope: Envelope) -> bool:
-        """Hands an IQ for an account to the component that serves its payload's namespace, if any."""
 
 
 class Routing:
@@ -76,9 +68,14 @@ class Routing:
         components: Components,
         table: SessionTable,
         links: ForwardLinks,
+        own: str,
+        newer_view: Callable[[float], Awaitable[bool]],
         spawn: Callable[[Any, str], Any],
     ) -> None:
+        """`own`: this router's incarnation. `newer_view`: waits so many seconds for the view to change."""
         self.hosts = hosts
+        self._own = own
+        self._newer_view = newer_view
         self._sessions = sessions
         self._hooks = hooks
         self._accounts = accounts
@@ -87,14 +84,17 @@ class Routing:
         self._links = links
         self._spawn = spawn
         self.deliveries = Deliveries(sessions)
+        self.endings = Endings(hooks, self.step, spawn)
         self.notes = Notes(hooks, self.step)
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
         self.strategy: Strategy = None  # type: ignore[assignment]
         # The other routers of the view that may have sessions.
         self._others: frozenset[str] = frozenset()
-        # For metrics: stanzas by what became of them.
+        # Some router hands its sessions to others.
+        self._draining = False
+        self.answers = Answers(sessions, hooks, components, self.deliveries, self.step, self._reply_elsewhere)
+        # For metrics.
         self.received = 0
-        self.bounced = 0
 
     def start(self, strategy: Strategy, forwarder: Forwarder) -> None:
         """The two need this routing themselves, so they come behind it."""
@@ -102,8 +102,10 @@ class Routing:
         self.forwarder = forwarder
         self.notes.start(strategy, forwarder)
 
-    def view_changed(self, view: ClusterView, own: str) -> None:
-        self._others = frozenset(node.incarnation for node in view.with_router_sessions()) - {own}
+    def view_changed(self, view: ClusterView) -> None:
+        nodes = view.with_router_sessions()
+        self._others = frozenset(node.incarnation for node in nodes) - {self._own}
+        self._draining = any(node.state is NodeState.DRAINING for node in nodes)
 
     # --- what modules send while they handle something ---
 
@@ -127,61 +129,73 @@ class Routing:
 
     def from_session(self, session: Session, envelope: Envelope) -> Pending:
         """Takes a stanza that a session sent; `from_jid` has been set to the session's full JID."""
+        kind = envelope.kind
+        if kind != MESSAGE and self._sessions.get(session.id) is not session:
+            return None  # it has ended meanwhile: nobody is to see it available, or to answer it
         session.number = envelope.number = session.number + 1
         envelope.origin = session.id
         self.received += 1
-        kind = envelope.kind
         try:
-            if envelope.to_jid:
-                to = Jid.parse(envelope.to_jid)
-                if envelope.to_jid != str(to):
-                    envelope.to_jid = str(to)
-            else:
-                to = session.jid.bare
-            if kind != MESSAGE:
-                _check(envelope)
-                if kind == IQ and envelope.type in REQUESTS and is_tracked(envelope.to_jid, session):
-                    self.deliveries.deadlines.asked(session, envelope)
+            to = self._in_order(envelope, session)
+        except (StanzaError, JidError) as error:
+            self.answers.refuse(envelope, error, session)
+            return None
+        try:
             handlers = self._hooks.sent.get(kind)
             if handlers is not None:
                 # Only kinds that a module watches are wrapped: messages mostly are not.
                 stanza = Stanza(envelope, session)
                 rest = self._offer(handlers, stanza, 0)
                 if rest is not True:
-                    return None if rest is False else self._finish(rest, stanza, to)
+                    return None if rest is False else self._finish(rest, stanza, to, session)
             return self._by_address(envelope, to, session)
         except (StanzaError, JidError) as error:
-            self._refuse(envelope, error)
+            self.answers.refuse(envelope, error)
             return None
         except Exception:
-            self._failed(envelope)
+            self.answers.failed(envelope)
             return None
+
+    def _in_order(self, envelope: Envelope, session: Session) -> Jid:
+        """Where a stanza that is in order goes; an IQ request to somebody else waits for its answer from here on.
+        Raises StanzaError, JidError."""
+        if envelope.to_jid:
+            to = Jid.parse(envelope.to_jid)
+            if envelope.to_jid != str(to):
+                envelope.to_jid = str(to)
+        else:
+            to = session.jid.bare
+        if envelope.kind != MESSAGE:
+            _check(envelope)
+            if envelope.kind == IQ and envelope.type in REQUESTS and is_tracked(envelope.to_jid, session):
+                self.deliveries.deadlines.asked(session, envelope)
+        return to
 
     def route(self, envelope: Envelope) -> Pending:
         """Takes a stanza from a module, a component or another router."""
         try:
             return self._by_address(envelope, Jid.parse(envelope.to_jid), None)
         except (StanzaError, JidError) as error:
-            self._refuse(envelope, error)
+            self.answers.refuse(envelope, error)
             return None
         except Exception:
-            self._failed(envelope)
+            self.answers.failed(envelope)
             return None
 
-    async def _finish(self, rest: Awaitable[bool], stanza: Stanza, to: Jid) -> None:
+    async def _finish(self, rest: Awaitable[bool], stanza: Stanza, to: Jid, session: Session) -> None:
         """Goes on with a stanza after the modules that had to wait."""
         envelope = stanza.envelope
         try:
             async with self.step():
                 go_on = await rest
-            if go_on:
-                pending = self._by_address(envelope, to, None)
+            if go_on and (envelope.kind == MESSAGE or self._sessions.get(session.id) is session):
+                pending = self._by_address(envelope, to, session)
                 if pending is not None:
                     await pending
         except (StanzaError, JidError, DatabaseAway) as error:
-            self._refuse(envelope, error)
+            self.answers.refuse(envelope, error)
         except Exception:
-            self._failed(envelope)
+            self.answers.failed(envelope)
 
     def _offer(
         self, handlers: list[tuple[frozenset[str], StanzaHandler]], stanza: Stanza, start: int
@@ -227,7 +241,7 @@ class Routing:
         """RFC 6120 10.3, 10.5.1: stanzas for the server itself."""
         if envelope.kind == IQ:
             if envelope.type in REQUESTS:
-                return self._request(envelope, Where.SERVER, session)
+                return self.answers.request(envelope, Where.SERVER, session)
             return None
         if envelope.kind == MESSAGE and envelope.type not in ("error", "headline"):
             raise StanzaError("service-unavailable")
@@ -237,6 +251,10 @@ class Routing:
         account = str(to.bare)
         sender = session.account if session is not None else envelope.from_jid.partition("/")[0]
         flow = (sender, account)
+        if session is not None and account == session.account and envelope.kind == IQ and not to.resource:
+            # The session's own roster and the like are dealt with where the session is, also while it is not at its
+            # home: only there modules see whose it is.
+            return self.decide(Item(flow, account, "", envelope, origin=session), HERE)
         pending: Pending = self.forwarder.run(Item(flow, account, to.resource, envelope, origin=session))
         if pending is None and session is not None and len(self.forwarder) and self.forwarder.long(flow):
             return self._relief(flow)
@@ -252,6 +270,9 @@ class Routing:
 
     def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
         self._links.send(node, item, sent, refusals_seen)
+
+    def crowded(self, plan: Plan) -> bool:
+        return self._links.crowded(plan)
 
     def decide(self, item: Item, plan: Plan) -> Pending:
         """Applies the rules of an account to a stanza for it."""
@@ -273,9 +294,9 @@ class Routing:
                     return self._deliver_after(rest, item, plan)
             return self._deliver_to_account(item, plan)
         except (StanzaError, JidError) as error:
-            self._refuse(envelope, error)
+            self.answers.refuse(envelope, error)
         except Exception:
-            self._failed(envelope)
+            self.answers.failed(envelope)
         return None
 
     def wait(self, pending: Awaitable[None], then: Callable[[], None]) -> None:
@@ -288,7 +309,9 @@ class Routing:
         self._spawn(waiting(), "stanza from another router")
 
     def overflowed(self, item: Item) -> None:
-        self._refuse(item.payload, StanzaError("resource-constraint", "too much waits for that account", type="wait"))
+        self.answers.refuse(
+            item.payload, StanzaError("resource-constraint", "too much waits for that account", type="wait")
+        )
 
     # --- what an account gets ---
 
@@ -302,9 +325,9 @@ class Routing:
                 if pending is not None:
                     await pending
         except (StanzaError, JidError, DatabaseAway) as error:
-            self._refuse(envelope, error)
+            self.answers.refuse(envelope, error)
         except Exception:
-            self._failed(envelope)
+            self.answers.failed(envelope)
 
     def _deliver_to_account(self, item: Item, plan: Plan) -> Pending:
         """Gives a stanza to the sessions that are here, and copies to routers that may have others."""
@@ -317,7 +340,7 @@ class Routing:
                 return None
         elif kind == IQ:
             if envelope.type in REQUESTS:
-                return self._request(envelope, Where.ACCOUNT, item.origin)
+                return self.answers.request(envelope, Where.ACCOUNT, item.origin)
             return None
         else:
             action = delivery.decide(kind, envelope.type, Addressed.BARE_PRESENT)
@@ -327,6 +350,9 @@ class Routing:
                 return None
         taken = not item.resource and self._to_sessions_here(envelope, item)
         if plan.nodes:
+            if kind == PRESENCE and not plan.certain and not self._may_move(item.account):
+                # Nobody is known to be there, and mostly nobody is: the table is not asked for each of these.
+                item.missed = TABLE_ASKED - 1
             self.forwarder.copies(item, plan, taken)
             return None
         return None if taken else self._absent(item)
@@ -347,29 +373,46 @@ class Routing:
             self.deliveries.to_session(receiver, envelope)
         return bool(present)
 
+    def _may_move(self, account: str) -> bool:
+        """Whether sessions of an account may be on their way to another router."""
+        return self._draining or bool(self.strategy.keeper(account))
+
     def _absent(self, item: Item) -> Pending:
-        """Nobody takes it, as far as the strategy knows. Where other routers are, the table has the last word."""
-        if self._others and item.missed < TABLE_ASKED and item.payload.kind != PRESENCE:
+        """Nobody takes it, as far as the strategy knows. Where other routers are, the table has the last word; for
+        presence only when the strategy was wrong: a session may just have moved."""
+        if item.missed and self._to_sessions_here(item.payload, item):
+            return None  # it came here while the others were asked
+        if self._others and item.missed < TABLE_ASKED and (item.missed or item.payload.kind != PRESENCE):
             return self._ask_table(item)
         return self._nobody(item)
 
     async def _ask_table(self, item: Item) -> None:
         try:
-            rows = await self._table.of_account(Jid.parse(item.account))
-            nodes = {row.router for row in rows if not item.resource or row.jid.resource == item.resource}
+            nodes = await self._by_table(item)
+            if nodes - self._others - {self._own} and await self._newer_view(NEWER_VIEW):
+                # A router that has only just come, or has just been put out.
+                nodes = await self._by_table(item)
             elsewhere = tuple(sorted(nodes & self._others))
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)
                 item.missed = TABLE_ASKED
                 self.forwarder.copies(item, Plan(nodes=elsewhere), False)
                 return
+            if self._own in nodes and self._to_sessions_here(item.payload, item):
+                return
             pending = self._nobody(item)
             if pending is not None:
                 await pending
         except (StanzaError, JidError, DatabaseAway) as error:
-            self._refuse(item.payload, error)
+            if item.payload.kind != PRESENCE:
+                self.answers.refuse(item.payload, error)
         except Exception:
-            self._failed(item.payload)
+            self.answers.failed(item.payload)
+
+    async def _by_table(self, item: Item) -> set[str]:
+        """The routers that have sessions which an item may be for."""
+        rows = await self._table.of_account(Jid.parse(item.account))
+        return {row.router for row in rows if not item.resource or row.jid.resource == item.resource}
 
     def _nobody(self, item: Item) -> Pending:
         """RFC 6121 8.5.2.2 and 8.5.3.2: there is no session for it."""
@@ -396,81 +439,18 @@ class Routing:
                     kept = handler(Stanza(envelope))
                     if kept is True or (kept is not False and await kept):
                         return
-            self._refuse(envelope, StanzaError("service-unavailable"))
+            self.answers.refuse(envelope, StanzaError("service-unavailable"))
         except (StanzaError, DatabaseAway) as error:
-            self._refuse(envelope, error)
+            self.answers.refuse(envelope, error)
         except Exception:
-            self._failed(envelope)
+            self.answers.failed(envelope)
 
-    # --- IQ requests that the server answers ---
-
-    def _request(self, envelope: Envelope, where: Where, session: Session | None) -> Pending:
-        handler = self._hooks.iq.get((where, envelope.type, envelope.children[0]))
-        if handler is None:
-            if where is Where.ACCOUNT and self._components.send_for_account(envelope):
-                return None
-            raise StanzaError("service-unavailable")
-        request = Stanza(envelope, session)
-        answer = handler(request)
-        if isinstance(answer, bytes):
-            self._answer(request, answer)
-            return None
-        return self._answer_later(request, answer)
-
-    async def _answer_later(self, request: Stanza, answer: Awaitable[bytes]) -> None:
-        envelope = request.envelope
-        try:
-            async with self.step():
-                payload = await answer
-            self._answer(request, payload)
-        except (StanzaError, JidError, DatabaseAway) as error:
-            self._refuse(envelope, error)
-        except Exception:
-            self._failed(envelope)
-
-    def _answer(self, request: Stanza, payload: bytes) -> None:
-        envelope = request.envelope
-        # RFC 6120 8.1.2.1: the answer comes from where the request went; one without `to` went to the
-        # sender's own account, and its answer may leave `from` out.
-        raw = iq_result(envelope.id, envelope.from_jid, envelope.to_jid, payload)
-        self._reply(envelope, "result", raw)
-        if request.after is not None:
-            request.after()
-
-    def _refuse(self, envelope: Envelope, error: Exception) -> None:
-        """Sends an error back, unless that is forbidden (RFC 6120 8.3.1: none in answer to an error)."""
-        if isinstance(error, DatabaseAway):
-            error = StanzaError("resource-constraint", "the server's storage does not answer", type="wait")
-        elif isinstance(error, JidError):
-            error = StanzaError("jid-malformed")
-        assert isinstance(error, StanzaError)
-        if envelope.type == "error" or (envelope.kind == IQ and envelope.type == "result"):
-            return
-        if envelope.kind == PRESENCE and error.condition in ("service-unavailable",):
-            return
-        self.bounced += 1
-        raw = error_stanza(KIND_NAMES[envelope.kind], envelope.id, error, from_=envelope.to_jid, to=envelope.from_jid)
-        self._reply(envelope, "error", raw)
-
-    def _failed(self, envelope: Envelope) -> None:
-        log.exception("stanza_failed", kind=KIND_NAMES[envelope.kind], children=list(envelope.children))
-        self._refuse(envelope, StanzaError("internal-server-error"))
-
-    def _reply(self, envelope: Envelope, type_: str, raw: bytes) -> None:
-        """Sends an answer to whoever sent the stanza; what can't be delivered then is dropped."""
-        reply = Envelope(
-            kind=envelope.kind, type=type_, id=envelope.id,
-            from_jid=envelope.to_jid, to_jid=envelope.from_jid, stanza=raw,
-        )  # fmt: skip
-        to = Jid.parse(envelope.from_jid)
+    def _reply_elsewhere(self, reply: Envelope, to: Jid) -> None:
+        """An answer for somebody who has no session here."""
         if to.domain not in self.hosts:
             self._components.send(to.domain, reply)
-            return
-        session = self._sessions.of(str(to.bare)).get(to.resource)
-        if session is not None:
-            self.deliveries.to_session(session, reply)
         elif self._others and to.local:
-            # Who asked is at another router. An answer is never refused, so nothing comes of waiting for it.
+            # An answer is never refused, so nothing comes of waiting for it.
             pending = self._to_account(reply, to, None)
             if pending is not None:
                 self._spawn(pending, "answer to another router")

@@ -27,9 +27,9 @@ class Session:
     """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
 
     __slots__ = (
-        "account", "asked", "connector", "delivered", "directed", "epoch", "frozen", "held", "holds", "id",
-        "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes", "number", "presence", "priority",
-        "seen_available", "stream", "taken",
+        "account", "asked", "closed", "connector", "delivered", "directed", "early", "epoch", "frozen", "held",
+        "holds", "id", "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes", "number",
+        "presence", "priority", "seen_available", "stream", "taken",
     )  # fmt: skip
 
     def __init__(
@@ -44,13 +44,15 @@ class Session:
         # The connector's link; None while it has not attached the stream of a session that was handed over.
         self.link = link
         self.stream = stream
+        # The stream is closed; the end of the session waits for what it has sent before.
+        self.closed = False
         # The incarnation of its connector.
         self.connector = link.incarnation if link is not None else ""
         self.priority = 0
         self.presence: bytes | None = None
         self.interested = False
         self.directed: set[str] = set()
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[str, bytes] = {}
         # Stanzas taken from it, and written to it.
         self.number = 0
         self.delivered = 0
@@ -60,9 +62,11 @@ class Session:
         self.asked: dict[tuple[str, str], float] = {}
         # What the row of the session says.
         self.seen_available = True
-        # It is being handed over; what is delivered to it meanwhile.
+        # It is being handed over; what is delivered to it meanwhile; and, where it goes, what is routed to it before
+        # the router that gives it has passed on what came there (see hand_over.py).
         self.moving = False
         self.frozen: deque[Envelope] | None = None
+        self.early: deque[Envelope] | None = None
         # What it sends is worked off in order.
         self.lane = Lane(spawn)
         # What is routed to it while stored messages go first.

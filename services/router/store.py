@@ -6,7 +6,7 @@ Parts of JIDs are prepared (RFC 7622) by the caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -132,13 +132,20 @@ class MessageStore(Protocol):
         """Keeps a message; when it returns, it is committed. A message of the same origin and number that is
         kept already is not kept twice (with an empty origin nothing is compared)."""
 
-    async def pending(self, account: Jid, after: int, limit: int) -> list[KeptMessage]:
-        """Messages that no session has got, by position."""
+    async def pending_count(self, account: Jid) -> int:
+        """How many messages no session has got."""
 
-    async def pending_count(self, account: Jid) -> int: ...
+    async def take(self, account: Jid, limit: int, give: Callable[[list[KeptMessage]], bool]) -> int:
+        """Gives the first messages that no session has got to `give`, by position, `limit` at most. When it answers
+        True they wait no longer, else all of them do. Returns how many were given; 0 when none waits, or when they
+        were not taken.
 
-    async def delivered(self, account: Jid, positions: Sequence[int]) -> None:
-        """These messages wait no longer."""
+        Of several callers, on whichever routers, only one MUST get a message: implementations call `give` within the
+        transaction that removes them, as the last thing before its commit. That claims without a mark that somebody
+        would have to take back: who dies meanwhile has changed nothing. It is no long transaction, because `give`
+        does not wait. It MUST take being called again with messages that it has had: when DatabaseAway is raised
+        behind it the messages may still wait, and a transaction that met another one is run again.
+        """
 
     async def delete_all(self, account: Jid) -> None: ...
 
@@ -161,7 +168,8 @@ class SessionTable(Protocol):
     """Who owns which full JID: the one truth of the cluster. Every change is a compare-and-set.
 
     A row is there from bind to the end of its session. Implementations MUST let exactly one of several callers
-    win, whichever routers they are.
+    win, whichever routers they are. Who repeats a bind, a replacement or a move because nobody could tell what had
+    become of it MUST be told that it is done, where it is.
     """
 
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
@@ -172,17 +180,17 @@ class SessionTable(Protocol):
 
     async def move(self, row: SessionRow, router: str) -> bool:
         """Gives a session to another router under the next epoch, if its row is still as given (but for
-        `available`)."""
+        `available`). To the one that has it already: then nobody can move it by the old epoch any more."""
 
     async def end(self, jid: Jid, session: str, epoch: int) -> SessionRow | None:
         """Removes a session, if its row still has this epoch. Returns the row that was removed."""
 
-    async def set_available(self, changes: Sequence[tuple[Jid, str, bool]]) -> None:
-        """Notes of sessions (full JID, session id) whether they may have been seen available."""
+    async def set_available(self, changes: Sequence[tuple[Jid, str, int, bool]]) -> None:
+        """Notes of sessions (full JID, session id, epoch) whether they may have been seen available."""
 
     async def of_account(self, account: Jid) -> list[SessionRow]: ...
 
     async def of_router(self, router: str) -> list[SessionRow]: ...
 
-    async def routers(self) -> list[str]:
-        """The incarnations that own sessions."""
+    async def routers(self) -> dict[str, int]:
+        """The incarnations that own sessions, and how many."""

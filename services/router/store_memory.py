@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from services.router.store import AccountExists, AccountRow, KeptMessage, Roster, RosterItem, SessionRow
@@ -116,16 +117,16 @@ class MemoryMessageStore:
         kept = KeptMessage(self._last, id_, from_jid, received_unix_ms, stanza)
         self._messages.setdefault(account, []).append(kept)
 
-    async def pending(self, account: Jid, after: int, limit: int) -> list[KeptMessage]:
-        return [kept for kept in self._messages.get(account, ()) if kept.position > after][:limit]
-
     async def pending_count(self, account: Jid) -> int:
         return len(self._messages.get(account, ()))
 
-    async def delivered(self, account: Jid, positions: Sequence[int]) -> None:
-        gone = set(positions)
-        left = [kept for kept in self._messages.get(account, ()) if kept.position not in gone]
-        self._messages[account] = left
+    async def take(self, account: Jid, limit: int, give: Callable[[list[KeptMessage]], bool]) -> int:
+        messages = self._messages.get(account, [])
+        first = messages[:limit]
+        if not first or not give(first):
+            return 0
+        del messages[: len(first)]
+        return len(first)
 
     async def delete_all(self, account: Jid) -> None:
         self._messages.pop(account, None)
@@ -138,10 +139,8 @@ class MemorySessionTable:
         self._rows: dict[Jid, SessionRow] = {}
 
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
-        present = self._rows.get(jid)
-        if present is None:
-            self._rows[jid] = SessionRow(jid, session, 1, router, True)
-        return present
+        present = self._rows.setdefault(jid, SessionRow(jid, session, 1, router, True))
+        return None if present.session == session else present
 
     async def replace(self, row: SessionRow, session: str, router: str) -> bool:
         return self._change(row, SessionRow(row.jid, session, row.epoch + 1, router, True))
@@ -153,10 +152,12 @@ class MemorySessionTable:
 
     def _change(self, row: SessionRow, changed: SessionRow) -> bool:
         present = self._rows.get(row.jid)
-        if present is None or replace(present, available=row.available) != row:
+        if present is None:
             return False
-        self._rows[row.jid] = changed
-        return True
+        if replace(present, available=row.available) == row:
+            self._rows[row.jid] = changed
+            return True
+        return replace(present, available=changed.available) == changed
 
     async def end(self, jid: Jid, session: str, epoch: int) -> SessionRow | None:
         present = self._rows.get(jid)
@@ -164,10 +165,10 @@ class MemorySessionTable:
             return None
         return self._rows.pop(jid)
 
-    async def set_available(self, changes: Sequence[tuple[Jid, str, bool]]) -> None:
-        for jid, session, available in changes:
+    async def set_available(self, changes: Sequence[tuple[Jid, str, int, bool]]) -> None:
+        for jid, session, epoch, available in changes:
             present = self._rows.get(jid)
-            if present is not None and present.session == session:
+            if present is not None and (present.session, present.epoch) == (session, epoch):
                 self._rows[jid] = replace(present, available=available)
 
     async def of_account(self, account: Jid) -> list[SessionRow]:
@@ -176,5 +177,5 @@ class MemorySessionTable:
     async def of_router(self, router: str) -> list[SessionRow]:
         return [row for row in self._rows.values() if row.router == router]
 
-    async def routers(self) -> list[str]:
-        return sorted({row.router for row in self._rows.values()})
+    async def routers(self) -> dict[str, int]:
+        return dict(Counter(row.router for row in self._rows.values()))

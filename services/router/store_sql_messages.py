@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -98,7 +98,12 @@ class SqlMessageStore:
         else:
             _settle(group, None)
 
-    async def pending(self, account: Jid, after: int, limit: int) -> list[KeptMessage]:
+    async def pending_count(self, account: Jid) -> int:
+        wanted = sa.select(sa.func.count()).select_from(messages).where(*_pending(account))
+        async with self._database.read() as connection:
+            return int((await connection.execute(wanted)).scalar_one())
+
+    async def take(self, account: Jid, limit: int, give: Callable[[list[KeptMessage]], bool]) -> int:
         wanted = (
             sa.select(
                 messages.c.position,
@@ -107,25 +112,32 @@ class SqlMessageStore:
                 messages.c.received_unix_ms,
                 messages.c.stanza,
             )
-            .where(*_of(account), messages.c.pending.is_(True), messages.c.position > after)
+            .where(*_pending(account))
             .order_by(messages.c.position)
             .limit(limit)
         )
-        async with self._database.read() as connection:
-            return [KeptMessage(*row) for row in await connection.execute(wanted)]
 
-    async def pending_count(self, account: Jid) -> int:
-        wanted = sa.select(sa.func.count()).select_from(messages).where(*_of(account), messages.c.pending.is_(True))
-        async with self._database.read() as connection:
-            return int((await connection.execute(wanted)).scalar_one())
-
-    async def delivered(self, account: Jid, positions: Sequence[int]) -> None:
-        async def work(connection: AsyncConnection) -> None:
-            here = (*_of(account), messages.c.position.in_(positions))
+        async def work(connection: AsyncConnection) -> int:
+            # Who takes at the same moment waits here for our commit, and then finds what is left. (Locks of Galera
+            # are one server's own; all routers use the same one while it answers.)
+            first = [KeptMessage(*row) for row in await connection.execute(wanted.with_for_update())]
+            if not first:
+                return 0
+            here = (*_of(account), messages.c.position.in_([kept.position for kept in first]))
             await connection.execute(messages.delete().where(*here, messages.c.archived.is_(False)))
             await connection.execute(messages.update().where(*here).values(pending=False))
+            if not give(first):
+                raise _NotTaken
+            return len(first)
 
-        await self._database.transaction(work)
+        async with self._database.read() as connection:
+            some = sa.select(messages.c.position).where(*_pending(account)).limit(1)
+            if (await connection.execute(some)).first() is None:
+                return 0  # as for most who come: they need no transaction
+        try:
+            return await self._database.transaction(work)
+        except _NotTaken:
+            return 0
 
     async def delete_all(self, account: Jid) -> None:
         async def work(connection: AsyncConnection) -> None:
@@ -135,8 +147,16 @@ class SqlMessageStore:
         await self._database.transaction(work)
 
 
+class _NotTaken(Exception):
+    """Rolls back what was not given to anybody."""
+
+
 def _of(account: Jid) -> tuple[sa.ColumnElement[bool], ...]:
     return messages.c.host == account.domain, messages.c.local == account.local
+
+
+def _pending(account: Jid) -> tuple[sa.ColumnElement[bool], ...]:
+    return *_of(account), messages.c.pending.is_(True)
 
 
 async def _insert(connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:

@@ -27,32 +27,35 @@ class SqlSessionTable:
             "host": jid.domain, "local": jid.local, "resource_hash": _hash(jid), "resource": jid.resource,
             "session": session, "epoch": 1, "router": router, "available": True,
         }  # fmt: skip
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(sessions.insert().values(values))
+
         try:
-            async with self._database.write() as connection:
-                await connection.execute(sessions.insert().values(values))
+            await self._database.transaction(work)
             return None
         except IntegrityError:
             pass
         async with self._database.read() as connection:
             row = (await connection.execute(sa.select(sessions).where(*_is(jid)))).first()
-        # It may have gone meanwhile: then again.
-        return _row(row) if row is not None else await self.bind(jid, session, router)
+        if row is None:
+            return await self.bind(jid, session, router)  # it has gone meanwhile: again
+        return _row(row) if row.session != session else None
 
     async def replace(self, row: SessionRow, session: str, router: str) -> bool:
-        return await self._change(row, session=session, epoch=row.epoch + 1, router=router, available=True)
+        return await self._change(row, SessionRow(row.jid, session, row.epoch + 1, router), available=True)
 
     async def move(self, row: SessionRow, router: str) -> bool:
-        return await self._change(row, epoch=row.epoch + 1, router=router)
+        return await self._change(row, SessionRow(row.jid, row.session, row.epoch + 1, router))
 
-    async def _change(self, row: SessionRow, **values: Any) -> bool:
+    async def _change(self, row: SessionRow, changed: SessionRow, **values: Any) -> bool:
         async def work(connection: AsyncConnection) -> bool:
-            here = (
-                *_is(row.jid),
-                sessions.c.session == row.session,
-                sessions.c.epoch == row.epoch,
-                sessions.c.router == row.router,
-            )
-            return bool((await connection.execute(sessions.update().where(*here).values(**values))).rowcount)
+            to = {"session": changed.session, "epoch": changed.epoch, "router": changed.router, **values}
+            if (await connection.execute(sessions.update().where(*_is_still(row)).values(**to))).rowcount:
+                return True
+            return (
+                await connection.execute(sa.select(sessions.c.epoch).where(*_is_still(changed)))
+            ).first() is not None
 
         return await self._database.transaction(work)
 
@@ -67,10 +70,10 @@ class SqlSessionTable:
 
         return await self._database.transaction(work)
 
-    async def set_available(self, changes: Sequence[tuple[Jid, str, bool]]) -> None:
+    async def set_available(self, changes: Sequence[tuple[Jid, str, int, bool]]) -> None:
         async def work(connection: AsyncConnection) -> None:
-            for jid, session, available in changes:
-                here = (*_is(jid), sessions.c.session == session)
+            for jid, session, epoch, available in changes:
+                here = (*_is(jid), sessions.c.session == session, sessions.c.epoch == epoch)
                 await connection.execute(sessions.update().where(*here).values(available=available))
 
         await self._database.transaction(work)
@@ -81,10 +84,10 @@ class SqlSessionTable:
     async def of_router(self, router: str) -> list[SessionRow]:
         return await self._rows(sessions.c.router == router)
 
-    async def routers(self) -> list[str]:
+    async def routers(self) -> dict[str, int]:
+        counts = sa.select(sessions.c.router, sa.func.count().label("total")).group_by(sessions.c.router)
         async with self._database.read() as connection:
-            found = await connection.execute(sa.select(sessions.c.router).distinct())
-            return sorted(router for (router,) in found)
+            return {row.router: row.total for row in await connection.execute(counts)}
 
     async def _rows(self, *where: sa.ColumnElement[bool]) -> list[SessionRow]:
         async with self._database.read() as connection:
@@ -97,6 +100,15 @@ def _hash(jid: Jid) -> bytes:
 
 def _is(jid: Jid) -> tuple[sa.ColumnElement[bool], ...]:
     return sessions.c.host == jid.domain, sessions.c.local == jid.local, sessions.c.resource_hash == _hash(jid)
+
+
+def _is_still(row: SessionRow) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        *_is(row.jid),
+        sessions.c.session == row.session,
+        sessions.c.epoch == row.epoch,
+        sessions.c.router == row.router,
+    )
 
 
 def _row(row: Any) -> SessionRow:

@@ -1,34 +1,64 @@
 """Measures Tidings with the load driver, and writes the table docs/benchmarks.md.
 
-One all-in-one process, then four processes; default limits; the driver speaks no TLS, so that authentication in
-clear is switched on, and a client of ours opens the idle TLS connections. Medians of RUNS runs.
+One all-in-one process, and four processes, with default limits; the driver speaks no TLS, so that authentication in
+clear is switched on, and a client of ours opens the idle TLS connections. Then chat on two nodes that share a MariaDB,
+with each pair on both, and on all cores of this machine. Medians of RUNS runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tidings import __version__
+from machine import written_by
+from tables import Figures, beside, medians, table
+
 from tidings.testing.client import RawClient
-from tidings.testing.server import ONE_PROCESS, PROCESSES, Installation
+from tidings.testing.mariadb import MariaDB
+from tidings.testing.server import ONE_PROCESS, PROCESSES, START_TIMEOUT, Installation
 
 DRIVER = Path(__file__).with_name("xmppload")
 RUNS = int(os.environ.get("RUNS", "3"))
 SECS = os.environ.get("SECS", "5")
 OPTIONS = ["--c2s-allow-plaintext=true", "--registration=true", "--scram-iterations=10000"]
 IDLE = 500
+
+# Label, mode of the driver, its options.
+CHAT = (
+    ("chat, 100 pairs, 1 in flight", "chat", "--users", "200", "--window", "1"),
+    ("chat, 100 pairs, 10 in flight", "chat", "--users", "200", "--window", "10"),
+    ("chat at 2,000 a second", "open", "--users", "200", "--rate", "2000"),
+    ("chat at 20,000 a second", "open", "--users", "200", "--rate", "20000"),
+)
+PING = ("ping", "iq", "--users", "200", "--window", "1")
+
+
+class AllCores(Installation):
+    """One machine with as many processes as it has cores, behind one that watches them."""
+
+    def start_node(self, node: int) -> None:
+        self.spawn("all", ["--processes=auto", f"--bind-address={self.address}"])
+
+    def wait_node(self, node: int) -> None:
+        """All write the same log."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while self.log("all").count('"event": "serving"') < len(os.sched_getaffinity(0)):
+            if self.processes["all"].poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"not all processes serve:\n{self.log('all')[-4000:]}")
+            time.sleep(0.02)
+
+
+# --- the driver ---
 
 
 def cpu_seconds(pid: int) -> float:
@@ -37,12 +67,13 @@ def cpu_seconds(pid: int) -> float:
 
 
 def drive(installation: Installation, mode: str, *words: str) -> dict[str, Any]:
+    """One run: user i is at the address i mod n, so that the partners of a pair are on different nodes."""
     pids = {name: process.pid for name, process in installation.processes.items()}
     before = {name: cpu_seconds(pid) for name, pid in pids.items()}
     result = subprocess.run(
         [
-            str(DRIVER), "--mode", mode, "--targets", f"{installation.address}:{installation.port}",
-            "--pids", ",".join(map(str, pids.values())), "--secs", SECS, *words,
+            str(DRIVER), "--mode", mode, "--pids", ",".join(map(str, pids.values())), "--secs", SECS,
+            "--targets", ",".join(f"{address}:{installation.port}" for address in installation.client_addresses), *words,
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -57,18 +88,23 @@ def drive(installation: Installation, mode: str, *words: str) -> dict[str, Any]:
     return found
 
 
-def median(installation: Installation, label: str, mode: str, *words: str) -> str:
+def measure(installation: Installation, label: str, mode: str, *words: str) -> Figures:
     print(f"  {label} …", flush=True)
-    runs = [drive(installation, mode, *words) for _ in range(RUNS)]
-    rate = statistics.median(run["per_s"] for run in runs)
-    cpu = statistics.median(run["server_cpu_us_per"] for run in runs)
-    p50 = statistics.median(run["lat_ms"]["p50"] for run in runs)
-    p99 = statistics.median(run["lat_ms"]["p99"] for run in runs)
-    share = runs[-1]["share"]
-    parts = (
-        ", ".join(f"{name} {cpu * part:.1f}" for name, part in share.items() if part > 0.01) if len(share) > 1 else ""
+    return medians(label, [drive(installation, mode, *words) for _ in range(RUNS)])
+
+
+def log_ins(installation: Installation) -> str:
+    print("  log-ins and memory …", flush=True)
+    runs = [drive(installation, "login", "--users", "1000", "--conc", "50", "--idle", "1") for _ in range(RUNS)]
+    rate = statistics.median(run["logins_per_s"] for run in runs)
+    cpu = statistics.median(run["login_server_cpu_us"] for run in runs)
+    return (
+        f"Log-ins (SASL PLAIN against SCRAM keys of 10,000 iterations): {rate:,.0f} a second, {cpu:,.0f} µs of "
+        "CPU each."
     )
-    return f"| {label} | {rate:,.0f} | {cpu:.1f}{f' ({parts})' if parts else ''} | {p50:.2f} | {p99:.2f} |"
+
+
+# --- memory ---
 
 
 def idle_memory(way: str, tls: bool) -> float:
@@ -107,67 +143,86 @@ async def idle_sessions(installation: Installation, tls: bool) -> float:
     return each
 
 
-def measure(way: str, title: str) -> list[str]:
-    print(title, flush=True)
+# --- the ways of running ---
+
+
+def whole(way: str) -> tuple[list[Figures], list[str]]:
+    """Everything, in one way of running: the figures, and what is said below their table."""
     with tempfile.TemporaryDirectory() as folder:
         installation = Installation(way, Path(folder), OPTIONS, hosts="localhost")
         installation.start()
         try:
             drive(installation, "register", "--users", "1000", "--conc", "20")
-            rows = [
-                f"### {title}",
-                "",
-                "| | per second | server CPU µs each | p50 ms | p99 ms |",
-                "|---|---|---|---|---|",
-                median(installation, "chat, 100 pairs, 1 in flight", "chat", "--users", "200", "--window", "1"),
-                median(installation, "chat, 100 pairs, 10 in flight", "chat", "--users", "200", "--window", "10"),
-                median(installation, "chat at 2,000 a second", "open", "--users", "200", "--rate", "2000"),
-                median(installation, "chat at 20,000 a second", "open", "--users", "200", "--rate", "20000"),
-                median(installation, "ping", "iq", "--users", "200", "--window", "1"),
-                "",
-            ]
-            print("  log-ins and memory …", flush=True)
-            logins = [
-                drive(installation, "login", "--users", "1000", "--conc", "50", "--idle", "1") for _ in range(RUNS)
-            ]
-            rate = statistics.median(run["logins_per_s"] for run in logins)
-            cpu = statistics.median(run["login_server_cpu_us"] for run in logins)
-            rows += [
-                f"Log-ins (SASL PLAIN against SCRAM keys of 10,000 iterations): {rate:,.0f} a second, {cpu:,.0f} µs of "
-                "CPU each.",
-            ]
+            figures = [measure(installation, *one) for one in (*CHAT, PING)]
+            logged_in = log_ins(installation)
         finally:
             installation.stop()
     plain, tls = (idle_memory(way, under_tls) for under_tls in (False, True))
-    rows += [f"Resident memory of an idle session: {plain:.0f} KiB plain, {tls:.0f} KiB under TLS.", ""]
-    return rows
+    return figures, [
+        logged_in,
+        f"Resident memory of an idle session: {plain:.0f} KiB plain, {tls:.0f} KiB under TLS.",
+    ]
+
+
+def chat(installation: Installation) -> list[Figures]:
+    """Chat only."""
+    installation.start()
+    try:
+        drive(installation, "register", "--users", "200", "--conc", "20")
+        return [measure(installation, *one) for one in CHAT]
+    finally:
+        installation.stop()
+
+
+def two_nodes() -> list[Figures]:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as database_folder:
+        mariadb = MariaDB(Path(database_folder))
+        mariadb.start()
+        try:
+            database = mariadb.create_database()
+            return chat(Installation(ONE_PROCESS, Path(folder), OPTIONS, "localhost", database, nodes=2))
+        finally:
+            mariadb.stop()
+
+
+def all_cores() -> list[Figures]:
+    with tempfile.TemporaryDirectory() as folder:
+        return chat(AllCores(ONE_PROCESS, Path(folder), OPTIONS, "localhost"))
+
+
+HEAD = f"""# Benchmarks
+
+{written_by("bench")}
+
+Medians of {RUNS} runs of {SECS} s, with the default limits. The load driver (`tests/bench/xmppload.c`) runs on the
+same machine and takes up to one core, so rates are lower bounds; CPU per message is the figure to plan with.
+Clients of the driver use no TLS. SQLite (two nodes: MariaDB, whose CPU is not counted), `--message-durability` as by
+default (not in effect yet). What goes between nodes for a stanza is in [traffic.md](traffic.md).
+"""
 
 
 def main() -> None:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    head = [
-        "# Benchmarks",
-        "",
-        f"Written by `make bench` on {datetime.date.today():%Y-%m-%d}, Tidings {__version__}: {os.cpu_count()} cores "
-        f"({model}), Python {platform.python_version()}, {platform.system()} {platform.release().split('-')[0]}.",
-        "",
-        f"Medians of {RUNS} runs of {SECS} s, with the default limits. The load driver (`tests/bench/xmppload.c`) runs on the",
-        "same machine and takes up to one core, so rates are lower bounds; CPU per message is the figure to plan with.",
-        "Clients of the driver use no TLS. SQLite, `--message-durability` as by default (not in effect yet).",
-        "",
-    ]
-    rows = measure(ONE_PROCESS, "One process") + measure(
-        PROCESSES, "Four processes (connector, router, registry, pubsub)"
-    )
+    print("one process", flush=True)
+    one, below_one = whole(ONE_PROCESS)
+    print("four processes", flush=True)
+    four, below_four = whole(PROCESSES)
+    print("two nodes", flush=True)
+    two = two_nodes()
+    print("--processes=auto", flush=True)
+    cores = all_cores()
+    ways = {"one process": one, "four processes": four, "two nodes": two, "`--processes=auto`": cores}
+    lines = [
+        HEAD,
+        "### Chat, by how it runs", "",
+        *beside({way: figures[: len(CHAT)] for way, figures in ways.items()}), "",
+        "### One process", "", *table(one), "", *below_one, "",
+        "### Four processes (connector, router, registry, pubsub)", "", *table(four), "", *below_four, "",
+        "### Two nodes, each pair on both", "",
+        "Two all-in-one processes, strategy `home`.", "", *table(two), "",
+        f"### All cores of one machine: `--processes=auto`, {len(os.sched_getaffinity(0))} cores", "", *table(cores), "",
+    ]  # fmt: skip
     path = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-    path.write_text("\n".join(head + rows))
+    path.write_text("\n".join(lines))
     print(path.read_text())
 
 

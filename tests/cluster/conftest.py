@@ -15,7 +15,7 @@ from tidings.api.registry.v1 import registry_pb2 as pb
 from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from tidings.cluster.hashing import rendezvous
 from tidings.kit.node_messages import node_from
-from tidings.testing.client import Closed, RawClient, Tree
+from tidings.testing.client import Closed, RawClient, Tree, show
 from tidings.testing.mariadb import MariaDB
 from tidings.testing.server import ONE_PROCESS, Installation
 
@@ -179,6 +179,43 @@ def three(cluster_of: Callable[..., Cluster]) -> Cluster:
     cluster = cluster_of(3, ONE_PROCESS, "", "--debug=cluster,router,connector")
     cluster.installation.start()
     return cluster
+
+
+class Chat:
+    """Pairs of clients, each writing to the other without a pause; what came, in which order, and what else came."""
+
+    def __init__(self, pairs: list[tuple[RawClient, RawClient]]) -> None:
+        self._pairs = pairs
+        self.sent = 0
+        self.longest = 0.0
+        self.strange: list[str] = []
+
+    async def run(self, until: Callable[[], bool]) -> None:
+        await asyncio.gather(*(self._pair(*pair, until) for pair in self._pairs))
+
+    async def _pair(self, one: RawClient, other: RawClient, until: Callable[[], bool]) -> None:
+        number = 0
+        while not until():
+            number += 1
+            for sender, receiver in ((one, other), (other, one)):
+                started = time.monotonic()
+                to = receiver.jid if number % 2 else receiver.jid.partition("/")[0]
+                await sender.send(f"<message to='{to}' type='chat'><body>{number}</body></message>")
+                while True:
+                    tree = await receiver.element(15)
+                    if tree.tag == "{jabber:client}message":
+                        break
+                    self.strange.append(show(tree))
+                assert tree.findtext("{jabber:client}body") == str(number), show(tree)
+                self.longest = max(self.longest, time.monotonic() - started)
+                self.sent += 1
+
+
+async def pairs(cluster: Cluster, nodes: list[int], count: int = 12) -> list[tuple[RawClient, RawClient]]:
+    names = [f"user{number}" for number in range(2 * count)]
+    await cluster.installation.add_accounts(*(f"{name}@localhost" for name in names))
+    clients = [await cluster.client(nodes[n % len(nodes)], name, "r") for n, name in enumerate(names)]
+    return list(zip(clients[::2], clients[1::2], strict=True))
 
 
 async def texts(client: RawClient, count: int, timeout: float = 10.0) -> list[str]:

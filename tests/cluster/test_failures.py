@@ -215,36 +215,3 @@ async def test_watching_goes_on_where_it_ended(three: Cluster) -> None:
         assert update.HasField("change")
         assert (update.change.node.hostname, update.view_version) == ("n3.test", before + 1)
         call.cancel()
-
-
-async def test_the_database_s_restart_is_no_reason_to_declare_anybody_dead(three: Cluster) -> None:
-    await three.up()
-    names = await friends(three)
-    alice, bob = await three.client(0, names[0]), await three.client(1, names[1])
-    async with three.watching(0, 1, 2) as watch:
-        three.mariadb.kill()
-        sent = 0
-        deadline = time.monotonic() + 8
-        while time.monotonic() < deadline:
-            sent += 1
-            await alice.send(f"<message to='{bob.jid}' type='chat'><body>{sent}</body></message>")
-            assert await texts(bob, 1, 5) == [str(sent)], "chats between those who are online go on"
-        other = RawClient(three.installation.client_addresses[2], three.installation.port, "localhost")
-        await other.connect()
-        await other.encrypt()
-        await other.send(
-            "<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='PLAIN'>AGNhcm9sAHNlY3JldA==</auth>"
-        )
-        refused = await other.element(30)
-        assert refused[0].tag.endswith("}temporary-auth-failure")
-        await other.abort()
-        away = time.monotonic()
-        three.mariadb.start()
-        carol = await three.back(2, "carol", timeout=30)
-        print(
-            f"\n{sent} messages while the database was away; log-ins {time.monotonic() - away:.1f} s after it is back"
-        )
-        assert [event for event in watch.seen if event[3] == "failed"] == []
-    await carol.send(f"<message to='{alice.jid}'><body>there</body></message>")
-    assert await texts(alice, 1) == ["there"]
-    assert await three.states() == dict.fromkeys(("n1.test", "n2.test", "n3.test"), "up")

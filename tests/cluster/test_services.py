@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,30 @@ async def test_a_connector_that_was_killed_leaves_no_sessions(four: Installation
     await client.abort()
 
 
+@pytest.mark.parametrize("when", ["failed", "gone"])
+async def test_a_connector_that_was_put_out_while_it_hung_joins_again(tmp_path: Path, when: str) -> None:
+    """It has no registry of its own: another process must tell it, though it is no node any more."""
+    four = Installation(PROCESSES, tmp_path, ["--cluster-lease=3s"])
+    four.start()
+    try:
+        await four.add_account("a@localhost")
+        connector = four.processes["connector"]
+        connector.send_signal(signal.SIGSTOP)
+        await until(four, {**UP, "connector": "failed"})
+        if when == "gone":
+            await until(four, {service: "up" for service in SERVICES if service != "connector"})
+        connector.send_signal(signal.SIGCONT)
+        woken = time.monotonic()
+        await until(four, UP)
+        client = await a_client(four, "a")
+        print(f"\nwoken when its row was {when}: logged in through it after {time.monotonic() - woken:.1f} s")
+        await client.close()
+        assert "put_out" in four.log("connector")
+    finally:
+        four.processes["connector"].send_signal(signal.SIGCONT)
+        four.stop()
+
+
 async def test_a_router_that_stands_still_holds_its_clients_up_and_loses_nothing(tmp_path: Path) -> None:
     """Back-pressure reaches the sending client's socket; memory is bounded, and all arrives in order afterwards."""
     # No rate holds the client up but the router; and it reads more slowly than the router then catches up.
@@ -155,7 +180,8 @@ async def test_a_router_that_stands_still_holds_its_clients_up_and_loses_nothing
         before = four.rss_kib()
         sent = 0
         try:
-            async with asyncio.timeout(3.0):
+            # For less time than a link needs to notice (tidings.kit.channel).
+            async with asyncio.timeout(1.5):
                 while sent < 20_000:
                     await client.send(f"<message to='{client.jid}' id='{sent}'><body>{body}</body></message>")
                     sent += 1

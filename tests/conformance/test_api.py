@@ -13,7 +13,7 @@ from tidings.api.registry.v1.registry_pb2 import ListNodesRequest, WatchNodesReq
 from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from tidings.kit.options import load
 from tidings.kit.own_node import authorities
-from tidings.kit.pki import NODE_DNS_NAME, URI_CLIENT
+from tidings.kit.pki import REGISTRY_DNS_NAME, URI_CLIENT
 from tidings.testing.server import Installation
 
 
@@ -30,7 +30,7 @@ def grpc_channel(installation: Installation) -> Iterator[grpc.Channel]:
         b"".join(one.pem for one in accepted), pair.private_key, pair.certificate
     )
     target = f"{installation.registry_address}:{installation.cluster_port}"
-    with grpc.secure_channel(target, credentials, [("grpc.ssl_target_name_override", NODE_DNS_NAME)]) as channel:
+    with grpc.secure_channel(target, credentials, [("grpc.ssl_target_name_override", REGISTRY_DNS_NAME)]) as channel:
         yield channel
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from tidings.xmpp import ns
 
 HOST = "localhost"
 OPEN = header(HOST)
+BIND = f"<iq type='set' id='1'><bind xmlns='{ns.BIND}'/></iq>"
 STANZA_ERRORS = f"{{{ns.STANZA_ERRORS}}}"
 
 
@@ -94,10 +96,16 @@ ROWS = [
     Row("a request to another before binding", "7.1", "authenticated", "<iq type='get' id='1' to='juliet@localhost'><ping xmlns='urn:xmpp:ping'/></iq>", "not-authorized"),
     Row("authenticating twice", "6.4.6", "authenticated", auth("PLAIN", b64("\0romeo\0secret")), "policy-violation"),
     Row("a resource with forbidden characters", "7.7.2.1", "authenticated", f"<iq type='set' id='1'><bind xmlns='{ns.BIND}'><resource>a&#x7;b</resource></bind></iq>".replace("&#x7;", "\u0085"), "stanza:jid-malformed"),
+    Row("another's address behind the bind request", "8.1.2.1", "authenticated", BIND + "<iq type='set' id='2' from='admin@localhost' to='violator@localhost/bystander'><query xmlns='jabber:iq:roster'/></iq>", "invalid-from"),
+    Row("another resource's address behind the bind request", "8.1.2.1", "authenticated", BIND + "<iq type='set' id='2' from='violator@localhost/other' to='violator@localhost/bystander'><query xmlns='jabber:iq:roster'/></iq>", "invalid-from"),
+    Row("a message behind the bind request", "7.1", "authenticated", BIND + "<message to='violator@localhost/bystander'><body>x</body></message>", "not-authorized"),
+    Row("an element that is no stanza before binding", "4.9.3.24", "authenticated", "<enable xmlns='urn:xmpp:sm:3'/>", "unsupported-stanza-type"),
     # --- with a session ---
     Row("another's address", "4.9.3.9", "bound", "<message from='juliet@localhost/x' to='violator@localhost'><body>x</body></message>", "invalid-from"),
     Row("an address that is none", "4.9.3.9", "bound", "<message from='@@' to='violator@localhost'><body>x</body></message>", "invalid-from"),
     Row("an element that is no stanza", "4.9.3.24", "bound", "<letter/>", "unsupported-stanza-type"),
+    Row("an element in a namespace of its own", "4.9.3.24", "bound", "<x xmlns='urn:example:x' type='get' id='1'/>", "unsupported-stanza-type"),
+    Row("such an element for somebody else", "4.9.3.24", "bound", f"<failure xmlns='{ns.SASL}' to='violator@localhost/bystander'><not-authorized/></failure>", "unsupported-stanza-type"),
     Row("a stanza with a prefix", "4.9.3.2", "bound", "<c:message xmlns:c='jabber:client'/>", "bad-namespace-prefix"),
     Row("a stanza that is too large", "13.12", "bound", "<message to='violator@localhost'><body>" + "x" * 300_000 + "</body></message>", "policy-violation"),
     Row("elements that are too deep", "13.12", "bound", "<message to='violator@localhost'>" + "<a>" * 300, "policy-violation"),
@@ -227,6 +235,23 @@ async def test_a_client_may_send_its_next_header_ahead(installation: Installatio
     assert b"<success" in answer
     assert answer.index(b"<success") < answer.index(b"<stream:stream") < answer.index(b"<bind")
     await client.abort()
+
+
+async def test_a_client_may_send_its_bind_request_ahead(installation: Installation, name: str) -> None:
+    """And what goes to the server behind it; all of it with <auth/>, or with the header behind that. At every node: the
+    router that serves the stream before it has a session may not be the one that keeps the session."""
+    behind = OPEN + BIND + "<iq type='get' id='2' to='localhost'><ping xmlns='urn:xmpp:ping'/></iq>"
+    for address, with_auth in itertools.product(installation.client_addresses, (True, False)):
+        client = RawClient(address, installation.port, HOST)
+        await client.connect()
+        await client.encrypt()
+        await client.send(auth("PLAIN", b64(f"\0{name}\0secret")) + (behind if with_auth else ""))
+        await client.raw_until(b"</success>")
+        if not with_auth:
+            await client.send(behind)
+        answer = await client.raw_until(b'id="2"')
+        assert answer.index(b"<stream:features>") < answer.index(b'id="1"') < answer.index(b"<jid>")
+        await client.abort()
 
 
 async def test_a_slow_client_is_read_byte_by_byte(installation: Installation, name: str) -> None:

@@ -79,7 +79,7 @@ def toys(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Install
         way,
         tmp_path_factory.mktemp("toys"),
         [
-            "--component-allow[toys]=room.{vhost},*,account:" + PEP + ",exact.example",
+            f"--component-allow[toys]=room.{{vhost}},*,account:{PEP},exact.example,feed:presence,feed:session-end",
             "--component-allow[narrow]=room.{vhost}",
         ],
     )
@@ -273,6 +273,61 @@ async def test_a_namespace_at_accounts_is_served_by_its_component(
     await pep.close()
 
 
+async def test_an_answer_for_an_account_counts_once_and_only_where_somebody_asked(
+    stub: Any, romeo: RawClient, juliet: RawClient
+) -> None:
+    """Else a component could answer for an account what others ask it, a roster for example."""
+    pep = await attached(stub, instance="p", routing_key=BARE, account_namespaces=[PEP])
+    await romeo.send(f"<iq type='get' id='1'><mood xmlns='{PEP}'/></iq>")
+    await pep.take()
+    answer = f"<iq type='result' from='romeo@localhost' to='{romeo.jid}' id"
+    await pep.send(f"{answer}='other'/>", f"{answer}='1'/>", f"{answer}='1'/>")
+    await pep.send(f"<iq type='result' id='1' from='romeo@localhost' to='{juliet.jid}'/>")
+    await pep.send(event("romeo@localhost", romeo.jid), event("romeo@localhost", juliet.jid))
+    assert (await romeo.element()).get("id") == "1"
+    for client in (romeo, juliet):
+        assert (await client.element()).get("id") == "event", "the one before it was dropped"
+    await pep.close()
+
+
+async def test_a_component_tells_of_its_namespaces_for_accounts_that_nobody_has_asked_at(
+    stub: Any, juliet: RawClient
+) -> None:
+    """XEP-0163 4.3.2: what was published long ago is told to who comes online."""
+    pep = await attached(stub, instance="p", routing_key=BARE, account_namespaces=[PEP])
+    await pep.send(event("silent@localhost", juliet.jid))
+    message = await juliet.element()
+    assert (message.get("from"), message.get("type"), message[0].text) == ("silent@localhost", "headline", "glad")
+    await pep.close()
+
+
+def event(account: str, to: str) -> str:
+    return f"<message type='headline' id='event' from='{account}' to='{to}'><mood xmlns='{PEP}'>glad</mood></message>"
+
+
+@pytest.mark.parametrize(
+    "stanza",
+    [
+        "<message from='romeo@localhost' to='juliet@localhost'><body>I hate you</body></message>",
+        f"<message from='romeo@localhost' to='juliet@localhost'><mood xmlns='{PEP}'/><body>x</body></message>",
+        "<message from='romeo@localhost' to='juliet@localhost'/>",
+        f"<message from='romeo@localhost/r' to='juliet@localhost'><mood xmlns='{PEP}'/></message>",
+        f"<message from='localhost' to='juliet@localhost'><mood xmlns='{PEP}'/></message>",
+        "<presence from='romeo@localhost' to='juliet@localhost'/>",
+        "<presence from='romeo@localhost' to='juliet@localhost' type='subscribe'/>",
+        f"<iq from='romeo@localhost' to='juliet@localhost' type='get' id='1'><mood xmlns='{PEP}'/></iq>",
+    ],
+)
+async def test_for_an_account_a_component_sends_nothing_that_a_user_would(
+    stub: Any, stanza: str, juliet: RawClient
+) -> None:
+    pep = await attached(stub, instance="p", routing_key=BARE, account_namespaces=[PEP])
+    await pep.send(stanza)
+    error = await pep.error()
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert [show(tree) for tree in await juliet.ping()] == []
+
+
 async def test_feeds_tell_of_presence_and_of_the_end_of_sessions(toys: Installation, stub: Any) -> None:
     pep = await attached(
         stub,
@@ -301,10 +356,27 @@ async def test_the_roster_can_be_asked_for_a_contact(stub: Any, romeo: RawClient
         "<iq type='set' id='r'><query xmlns='jabber:iq:roster'><item jid='nurse@example.net'><group>Servants</group></item></query></iq>"
     )
     assert (await romeo.element()).get("type") == "result"
-    item = await stub.GetRosterItem(
-        pb.GetRosterItemRequest(account="romeo@localhost", contact="nurse@example.net"), timeout=10
-    )
+    request = pb.GetRosterItemRequest(account="romeo@localhost", contact="nurse@example.net")
+    pep = await attached(stub, instance="p", routing_key=BARE, account_namespaces=[PEP])
+    item = await stub.GetRosterItem(request, timeout=10)
     assert (item.subscription, list(item.groups)) == ("none", ["Servants"])
+    for account in ("nobody@localhost", "romeo@elsewhere.example"):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.GetRosterItem(pb.GetRosterItemRequest(account=account, contact="x@example.net"), timeout=10)
+        assert reason(error.value) == ErrorReason.ERROR_REASON_NOT_FOUND
+    await pep.close()
+
+
+async def test_rosters_are_only_for_components_that_serve_accounts(toys: Installation, stub: Any) -> None:
+    room = await attached(stub, instance="a", domains=["room.{vhost}"], routing_key=BARE)
+    channel = toys.dial(toys.router_address, "narrow")
+    request = pb.GetRosterItemRequest(account="romeo@localhost", contact="nurse@example.net")
+    for asking in (stub, ComponentServiceStub(channel)):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await asking.GetRosterItem(request, timeout=10)
+        assert reason(error.value) == ErrorReason.ERROR_REASON_NOT_ALLOWED
+    await channel.close()
+    await room.close()
 
 
 # --- a toy default route ---
@@ -340,12 +412,27 @@ async def test_foreign_domains_go_to_who_serves_them_all(stub: Any, romeo: RawCl
             ErrorReason.ERROR_REASON_BAD_REQUEST,
         ),
         ({"instance": "a", "routing_key": BARE}, ErrorReason.ERROR_REASON_BAD_REQUEST),
+        (
+            {"instance": "a", "domains": ["room.{vhost}"], "routing_key": BARE, "feeds": [99]},
+            ErrorReason.ERROR_REASON_BAD_REQUEST,
+        ),
     ],
 )
 async def test_a_registration_that_is_not_allowed_is_refused(stub: Any, registration: Any, expected: int) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await Toy(stub).attach(**registration)
     assert reason(error.value) == expected
+
+
+@pytest.mark.parametrize("feed", [Feed.FEED_PRESENCE, Feed.FEED_SESSION_END])
+async def test_a_feed_must_be_allowed_by_name(toys: Installation, feed: Feed.ValueType) -> None:
+    channel = toys.dial(toys.router_address, "narrow")
+    toy = Toy(ComponentServiceStub(channel))
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await toy.attach(instance="a", domains=["room.{vhost}"], routing_key=BARE, feeds=[feed])
+    assert reason(error.value) == ErrorReason.ERROR_REASON_NOT_ALLOWED
+    assert "--component-allow[narrow]=feed:" in (error.value.details() or "")
+    await channel.close()
 
 
 async def test_a_domain_that_another_component_holds_is_refused(toys: Installation, stub: Any) -> None:

@@ -27,7 +27,7 @@ from tidings.cluster.view import ClusterView
 from tidings.kit.channel import dial
 from tidings.kit.grpc_server import ClusterServer, current_caller
 from tidings.kit.identity import Caller, Identities
-from tidings.kit.pki import CertificateAuthority, normalised
+from tidings.kit.pki import NODE_DNS_NAME, REGISTRY_DNS_NAME, CertificateAuthority, KeyPair, normalised
 from tidings.kit.ports import PortInUse
 from tidings.kit.rpc_errors import TidingsError, error_detail, reason
 from tidings.testing.server import free_port
@@ -35,6 +35,7 @@ from tidings.testing.server import free_port
 AUTHORITY = CertificateAuthority.from_secret("a secret that is long enough")
 KEYS = AUTHORITY.issue(["tidings:node:n1"], "n1")
 SERVICES = frozenset({"connector", "router", "registry"})
+REGISTRY = "tidings.api.registry.v1.RegistryService"
 
 
 class Registry(RegistryServiceServicer):
@@ -89,13 +90,14 @@ class World:
         self.router_servicer = router
 
 
-def a_server(port: int) -> ClusterServer:
+def a_server(port: int, keys: KeyPair = KEYS, roots: bytes = AUTHORITY.pem) -> ClusterServer:
+    """A server that shows these keys; it accepts what `roots` have signed, and knows the authority."""
     view = ClusterView(
         1, [Node("n1", "i1", "127.0.0.1", port, tuple(SERVICES), certificate=normalised(KEYS.certificate))]
     )
     identities = Identities([AUTHORITY])
     return ClusterServer(
-        ["127.0.0.1"], port, KEYS, lambda: AUTHORITY.pem, lambda leaf: identities.identify(leaf, view),
+        ["127.0.0.1"], port, keys, lambda: roots, lambda leaf: identities.identify(leaf, view),
         Caller("local", "n1", SERVICES, "i1"),
     )  # fmt: skip
 
@@ -269,5 +271,56 @@ async def test_a_client_may_list_nodes_and_not_join() -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await stub.Join(pb.JoinRequest(), timeout=5)
     assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    await channel.close()
+    await server.stop(0)
+
+
+async def test_a_stranger_is_not_told_that_a_service_is_starting() -> None:
+    """An accepted certificate can sign another one; its owner is nobody."""
+    port = free_port("127.0.0.1")
+    unknown = CertificateAuthority.from_secret("nobody here knows this secret")
+    server = a_server(port, roots=AUTHORITY.pem + unknown.pem)
+    server.add(add_RegistryServiceServicer_to_server, Registry(), REGISTRY)
+    server.hold([REGISTRY])
+    await server.start()
+    for authority, expected in (
+        (AUTHORITY, ErrorReason.ERROR_REASON_NOT_SERVING),
+        (unknown, ErrorReason.ERROR_REASON_NOT_ALLOWED),
+    ):
+        channel = dial("127.0.0.1", port, AUTHORITY.pem, authority.issue(["tidings:client:x"], "x"))
+        stub: Any = RegistryServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.ListNodes(pb.ListNodesRequest(), timeout=5)
+        assert reason(error.value) == expected
+        await channel.close()
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("uri", "dns_name", "trusted"),
+    [
+        ("tidings:node:n1", REGISTRY_DNS_NAME, True),
+        ("tidings:node:n1/registry", REGISTRY_DNS_NAME, True),
+        ("tidings:node:c1/connector", REGISTRY_DNS_NAME, False),
+        ("tidings:node:c1/connector", NODE_DNS_NAME, True),
+        ("tidings:client:weather", REGISTRY_DNS_NAME, False),
+        ("tidings:client:weather", NODE_DNS_NAME, False),
+    ],
+)
+async def test_who_knows_an_authority_alone_takes_only_a_registry_for_one(
+    uri: str, dns_name: str, trusted: bool
+) -> None:
+    port = free_port("127.0.0.1")
+    server = a_server(port, AUTHORITY.issue([uri], "x"))
+    server.add(add_RegistryServiceServicer_to_server, Registry(), REGISTRY)
+    await server.start()
+    channel = dial("127.0.0.1", port, AUTHORITY.pem, KEYS, dns_name)
+    stub: Any = RegistryServiceStub(channel)
+    try:
+        await stub.ListNodes(pb.ListNodesRequest(), timeout=5)
+        code = grpc.StatusCode.OK
+    except grpc.aio.AioRpcError as error:
+        code = error.code()
+    assert code is (grpc.StatusCode.OK if trusted else grpc.StatusCode.UNAVAILABLE)
     await channel.close()
     await server.stop(0)

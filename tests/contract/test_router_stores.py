@@ -12,6 +12,7 @@ import pytest
 from services.router.store import (
     AccountExists,
     AccountStore,
+    KeptMessage,
     MessageStore,
     RosterItem,
     RosterStore,
@@ -191,25 +192,65 @@ async def keep(stores: Stores, account: Jid, text: str, origin: str = "", number
     )  # fmt: skip
 
 
+async def take(stores: Stores, account: Jid, limit: int = 1000) -> list[KeptMessage]:
+    """Takes messages for somebody who is there."""
+    taken: list[KeptMessage] = []
+
+    def give(messages: list[KeptMessage]) -> bool:
+        taken.extend(messages)
+        return True
+
+    assert await stores.messages.take(account, limit, give) == len(taken)
+    return taken
+
+
 async def test_messages_come_back_in_the_order_in_which_they_were_kept(stores: Stores) -> None:
     for number in range(5):
         await keep(stores, ROMEO, str(number))
     await keep(stores, JULIET, "other")
-    kept = await stores.messages.pending(ROMEO, 0, 3)
+    assert await stores.messages.pending_count(ROMEO) == 5
+    kept = await take(stores, ROMEO, 3)
     assert [message.id for message in kept] == ["id-0", "id-1", "id-2"]
     assert kept[0].received_unix_ms == 1_700_000_000_123
-    rest = await stores.messages.pending(ROMEO, kept[-1].position, 100)
-    assert [message.stanza for message in rest] == [
+    assert [message.stanza for message in await take(stores, ROMEO)] == [
         b"<message><body>3</body></message>", b"<message><body>4</body></message>",
     ]  # fmt: skip
-    assert await stores.messages.pending_count(ROMEO) == 5
+    assert await take(stores, ROMEO) == []
+
+
+async def test_of_many_who_take_at_once_each_message_is_given_by_one(stores: Stores) -> None:
+    for number in range(40):
+        await keep(stores, ROMEO, str(number))
+    taken: list[list[KeptMessage]] = []
+
+    async def taker() -> None:
+        while messages := await take(stores, ROMEO, 3):
+            taken.append(messages)
+
+    await asyncio.gather(*(taker() for _ in range(6)))
+    positions = [message.position for messages in taken for message in messages]
+    assert sorted(positions) == sorted(set(positions))
+    assert len(positions) == 40
+
+
+async def test_what_nobody_takes_or_somebody_fails_to_take_still_waits(stores: Stores) -> None:
+    await keep(stores, ROMEO, "1")
+    await keep(stores, ROMEO, "2")
+
+    def fails(_messages: list[KeptMessage]) -> bool:
+        raise RuntimeError("the router breaks at this moment")
+
+    assert await stores.messages.take(ROMEO, 10, lambda _messages: False) == 0
+    with pytest.raises(RuntimeError):
+        await stores.messages.take(ROMEO, 10, fails)
+    assert [message.id for message in await take(stores, ROMEO)] == ["id-1", "id-2"]
 
 
 async def test_many_at_once_are_all_kept_with_positions_of_their_own(stores: Stores) -> None:
     accounts = [Jid.parse(f"u{n}@example.org") for n in range(4)]
     await asyncio.gather(*(keep(stores, accounts[n % 4], str(n), "s", n) for n in range(200)))
     for account in accounts:
-        kept = await stores.messages.pending(account, 0, 1000)
+        kept = await take(stores, account)
         assert len(kept) == 50
         assert len({message.position for message in kept}) == 50
 
@@ -232,12 +273,12 @@ async def test_messages_without_origin_are_never_taken_for_each_other(stores: St
 async def test_delivered_messages_wait_no_longer_and_positions_go_on(stores: Stores) -> None:
     await keep(stores, ROMEO, "1")
     await keep(stores, ROMEO, "2")
-    first, second = await stores.messages.pending(ROMEO, 0, 10)
-    await stores.messages.delivered(ROMEO, [first.position])
-    assert await stores.messages.pending(ROMEO, 0, 10) == [second]
-    await stores.messages.delivered(ROMEO, [second.position])
+    (first,) = await take(stores, ROMEO, 1)
+    assert await stores.messages.pending_count(ROMEO) == 1
+    (second,) = await take(stores, ROMEO)
+    assert second.position > first.position
     await keep(stores, ROMEO, "3")
-    assert (await stores.messages.pending(ROMEO, 0, 10))[0].position > second.position
+    assert (await take(stores, ROMEO))[0].position > second.position
 
 
 async def test_large_and_odd_bytes_survive(stores: Stores) -> None:
@@ -245,10 +286,16 @@ async def test_large_and_odd_bytes_survive(stores: Stores) -> None:
     await stores.messages.keep(
         ROMEO, id_="i", from_jid="ä@example.org/♥", received_unix_ms=1, stanza=stanza, origin="", number=0
     )
-    (kept,) = await stores.messages.pending(ROMEO, 0, 10)
+    (kept,) = await take(stores, ROMEO)
     assert (kept.from_jid, kept.stanza) == ("ä@example.org/♥", stanza)
+
+
+async def test_the_messages_of_a_deleted_account_are_gone(stores: Stores) -> None:
+    await keep(stores, ROMEO, "1")
+    await keep(stores, JULIET, "2")
     await stores.messages.delete_all(ROMEO)
-    assert await stores.messages.pending(ROMEO, 0, 10) == []
+    assert await take(stores, ROMEO) == []
+    assert len(await take(stores, JULIET)) == 1
 
 
 # --- sessions ---
@@ -275,9 +322,40 @@ async def test_of_many_who_take_a_session_over_exactly_one_does(stores: Stores) 
     assert not await stores.sessions.replace(row, "other", "r9")
 
 
+async def test_what_is_repeated_because_its_outcome_was_unknown_is_found_done(stores: Stores) -> None:
+    for _ in range(2):
+        assert await stores.sessions.bind(DESK, "s", "r0") is None
+    (row,) = await stores.sessions.of_account(ROMEO)
+    for _ in range(2):
+        assert await stores.sessions.move(row, "r1")
+    assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, "s", 2, "r1")]
+    (row,) = await stores.sessions.of_account(ROMEO)
+    for _ in range(2):
+        assert await stores.sessions.replace(row, "t", "r1")
+    assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, "t", 3, "r1")]
+
+
+async def test_who_keeps_a_session_under_the_next_epoch_can_not_lose_it_by_the_old_one(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    row = SessionRow(DESK, "s", 1, "r0")
+    kept, taken = await asyncio.gather(stores.sessions.move(row, "r0"), stores.sessions.move(row, "r1"))
+    assert kept is not taken
+    assert not await stores.sessions.move(row, "r2")
+    assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, "s", 2, "r0" if kept else "r1")]
+
+
+async def test_what_is_noted_under_an_older_epoch_is_not_written(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    await stores.sessions.move(SessionRow(DESK, "s", 1, "r0"), "r1")
+    await stores.sessions.set_available([(DESK, "s", 1, False)])
+    assert [row.available for row in await stores.sessions.of_account(ROMEO)] == [True]
+    await stores.sessions.set_available([(DESK, "s", 2, False)])
+    assert [row.available for row in await stores.sessions.of_account(ROMEO)] == [False]
+
+
 async def test_a_session_ends_once_and_its_row_says_whether_it_was_seen(stores: Stores) -> None:
     await stores.sessions.bind(DESK, "s", "r0")
-    await stores.sessions.set_available([(DESK, "s", False), (DESK, "another", True)])
+    await stores.sessions.set_available([(DESK, "s", 1, False), (DESK, "another", 1, True)])
     ends = await asyncio.gather(*(stores.sessions.end(DESK, "s", 1) for _ in range(6)))
     assert [end for end in ends if end is not None] == [SessionRow(DESK, "s", 1, "r0", False)]
     assert await stores.sessions.of_account(ROMEO) == []
@@ -285,7 +363,7 @@ async def test_a_session_ends_once_and_its_row_says_whether_it_was_seen(stores: 
 
 async def test_a_replaced_session_is_another_one_under_the_next_epoch(stores: Stores) -> None:
     await stores.sessions.bind(DESK, "s", "r0")
-    await stores.sessions.set_available([(DESK, "s", False)])
+    await stores.sessions.set_available([(DESK, "s", 1, False)])
     (row,) = await stores.sessions.of_account(ROMEO)
     assert await stores.sessions.replace(row, "t", "r1")
     assert await stores.sessions.of_account(ROMEO) == [SessionRow(DESK, "t", 2, "r1", True)]
@@ -299,4 +377,4 @@ async def test_sessions_are_found_by_account_and_by_router(stores: Stores) -> No
         assert await stores.sessions.bind(jid, f"s{number}", router) is None
     assert {row.jid for row in await stores.sessions.of_account(ROMEO)} == {DESK, phone}
     assert {row.jid for row in await stores.sessions.of_router("r1")} == {phone, other}
-    assert await stores.sessions.routers() == ["r0", "r1"]
+    assert await stores.sessions.routers() == {"r0": 1, "r1": 2}

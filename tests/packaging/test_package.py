@@ -48,7 +48,7 @@ assert files('tidings.api.router.v1').joinpath('router_pb2.pyi').is_file()
     original = sys.executable
     sys.executable = str(python)
     try:
-        installation.environment = lambda: {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # type: ignore[method-assign]
+        installation.environment = lambda _node: {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # type: ignore[method-assign]
         installation.start()
         words = ["nodes", "--json", "--bind-address=127.0.0.1", *installation.arguments()]
         listed = subprocess.run(

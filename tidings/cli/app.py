@@ -110,19 +110,21 @@ class Failed(Exception):
     """What was asked can't be done; the text says why."""
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table for people."""
     from rich.console import Console
 
     Console(file=sys.stdout).print(make_table(header, rows))
 
 
-def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+def make_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """Cells are strings, which are shown as they are, or rich's texts."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def cert() -> None:
     \b
     Examples:
       tidings cert client backup
+      tidings cert client weather component
       tidings cert ca --out=ca
       tidings cert node c1.example.org connector --ca=ca
     """
@@ -32,20 +34,33 @@ def cert() -> None:
 def client(arguments: tuple[str, ...], out: str, ca: str) -> int:
     """Write NAME.crt, NAME.key and ca.crt, with which a program may call the cluster's API under that name.
 
-    It is signed with --cluster-secret, or else with the secret in --data-dir. Example: tidings cert client backup
+    Behind the name stands what it may do beside listing and watching nodes: "accounts" (add, change and remove
+    them), "nodes" (drain them, close their streams), "component" (register what --component-allow[NAME] lets
+    it). Without any of these it may do all three: it is an administrator.
+
+    It is signed with --cluster-secret, or else with the secret in --data-dir. A program trusts ca.crt, and takes
+    "registry.tidings.invalid" for the server's name (in gRPC: grpc.ssl_target_name_override).
+
+    \b
+    Examples:
+      tidings cert client backup
+      tidings cert client weather component
     """
-    from tidings.cli.client import keys
-    from tidings.kit.pki import URI_CLIENT
+    from tidings.cli.client import client_uri, keys
+    from tidings.kit.identity import SCOPES
 
     options, words = load_options(arguments)
-    if len(words) != 1 or not words[0].replace("-", "").replace("_", "").isalnum():
-        raise Failed("name one program, by letters, digits, - and _: tidings cert client backup")
-    name = words[0]
+    name, scopes = (words[0] if words else ""), words[1:]
+    if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
+        raise Failed("name a program, by letters, digits, - and _: tidings cert client backup")
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise Failed(f"{scope!r} is nothing that a program may do; there are {', '.join(sorted(SCOPES))}")
     if ca:
         authority = _authority(ca)
-        pair, roots = authority.issue([f"{URI_CLIENT}{name}"], name), authority.pem
+        pair, roots = authority.issue([client_uri(name, scopes)], name), authority.pem
     else:
-        pair, roots = keys(options, name)
+        pair, roots = keys(options, name, scopes)
     _write(out, {f"{name}.crt": pair.certificate, f"{name}.key": pair.private_key, "ca.crt": roots})
     return OK
 
@@ -98,13 +113,14 @@ def _authority(folder: str) -> Any:
 
 
 def _write(out: str, files: dict[str, bytes]) -> None:
-    """Writes files, keys so that only their owner reads them."""
+    """Writes files, keys so that only their owner reads them: what is there already is replaced as a whole, for
+    others may have it open."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
-        mode = 0o600 if file.endswith(".key") else 0o644
-        descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{file}-")
         with os.fdopen(descriptor, "wb") as handle:
             handle.write(content)
-        os.chmod(folder / file, mode)
+            os.fchmod(descriptor, 0o600 if file.endswith(".key") else 0o644)
+        os.replace(temporary, folder / file)
     paragraph(f"{', '.join(str(folder / file) for file in files)}: written.", "green")

@@ -110,13 +110,13 @@ def _bind(address: str, port: int) -> str | None:
 
 def _names(options: Any) -> Iterator[Finding]:
     from tidings.kit.options import OptionError
-    from tidings.kit.own_node import authorities, own_keys, own_name, own_node
+    from tidings.kit.own_node import authorities, own_keys, own_node, own_place
     from tidings.kit.pki import PkiError
 
     try:
-        name = own_name(options, ("router",), alone=True)
-        keys = own_keys(options, authorities(options)[0], name)
-        node = own_node(options, ("router",), keys, name)
+        place = own_place(options, ("registry", "router"))
+        keys = own_keys(options, authorities(options)[0], place.name)
+        node = own_node(options, ("registry", "router"), keys, place)
     except OptionError as error:
         for problem in error.problems:
             yield Finding("names", "error", problem)
@@ -199,25 +199,42 @@ def _database(options: Any) -> Iterator[Finding]:
         yield Finding("database", "ok", f"{where} will be made")
         return
 
-    async def ping() -> str:
-        from tidings.kit.db import Database, DatabaseAway
-
-        database = Database(url)
-        await database.start()
-        try:
-            await database.ping()
-        except DatabaseAway as error:
-            return str(error)
-        except Exception as error:
-            return str(getattr(error, "orig", error))
-        finally:
-            await database.stop()
-        return ""
-
-    problem = asyncio.run(ping())
+    problem, flushing = asyncio.run(_ask_database(url))
     if problem:
         yield Finding(
             "database", "error", f"{where} does not answer ({problem}); check --user-db-uri, and that it runs"
         )
-    else:
-        yield Finding("database", "ok", f"{where} answers")
+        return
+    yield Finding("database", "ok", f"{where} answers")
+    if flushing not in ("", "1"):
+        yield Finding(
+            "database",
+            "warning",
+            f"{where} has innodb_flush_log_at_trx_commit={flushing}: a power failure costs messages of the last "
+            "second that were acknowledged; set innodb_flush_log_at_trx_commit=1 in the database server's "
+            "configuration, and say `set global innodb_flush_log_at_trx_commit = 1`",
+        )
+
+
+async def _ask_database(url: Any) -> tuple[str, str]:
+    """What is wrong with the database, '' for nothing; and when InnoDB writes to disk, '' where it is not InnoDB."""
+    import sqlalchemy as sa
+
+    from tidings.kit.db import Database, DatabaseAway
+
+    database = Database(url)
+    await database.start()
+    try:
+        await database.ping()
+        if database.sqlite:
+            return "", ""
+        async with database.read() as connection:
+            query = sa.text("show global variables like 'innodb_flush_log_at_trx_commit'")
+            found = (await connection.execute(query)).first()
+        return "", str(found[1]) if found else ""
+    except DatabaseAway as error:
+        return str(error), ""
+    except Exception as error:
+        return str(getattr(error, "orig", error)), ""
+    finally:
+        await database.stop()

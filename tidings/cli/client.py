@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
 
 from tidings.cli.app import Failed, Unreachable
 from tidings.kit.channel import dial
-from tidings.kit.own_node import authorities
-from tidings.kit.pki import URI_CLIENT, KeyPair
+from tidings.kit.own_node import authorities, local_address
+from tidings.kit.pki import REGISTRY_DNS_NAME, URI_CLIENT, KeyPair
 from tidings.kit.rpc_errors import describe
 
 TIMEOUT = 10.0
 
+# What becomes of a call when the node that it went to ends.
+GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
 
 def address(options: Any) -> tuple[str, int]:
     """The node that commands talk to."""
-    bound = options["bind-address"]
-    return (bound[0] if bound else "127.0.0.1"), options["cluster-port"]
+    return local_address(options), options["cluster-port"]
 
 
-def keys(options: Any, name: str = "cli") -> tuple[KeyPair, bytes]:
-    """A certificate of this machine, and the authorities that it trusts."""
+def keys(options: Any, name: str = "cli", scopes: Sequence[str] = ()) -> tuple[KeyPair, bytes]:
+    """A certificate of this machine, limited to scopes if there are any, and the authorities that it trusts."""
     accepted = authorities(options)
-    return accepted[0].issue([f"{URI_CLIENT}{name}"], name), b"".join(authority.pem for authority in accepted)
+    return accepted[0].issue([client_uri(name, scopes)], name), b"".join(authority.pem for authority in accepted)
+
+
+def client_uri(name: str, scopes: Sequence[str]) -> str:
+    """What the certificate of a client says."""
+    return f"{URI_CLIENT}{name}" + (f"/{','.join(scopes)}" if scopes else "")
 
 
 @asynccontextmanager
@@ -34,7 +41,7 @@ async def channel(options: Any) -> AsyncIterator[Any]:
     """A channel to the node; errors of calls become sentences. Raises Unreachable, Failed."""
     host, port = address(options)
     pair, roots = keys(options)
-    opened = dial(host, port, roots, pair)
+    opened = dial(host, port, roots, pair, REGISTRY_DNS_NAME)
     try:
         yield opened
     except grpc.aio.AioRpcError as error:
@@ -69,5 +76,21 @@ async def channel_with(options: Any, opened: Any, service: str) -> Any:
             return opened
     if not with_it:
         raise Failed(f"no node of the cluster runs a {service}")
+    return dial_node(options, with_it[0])
+
+
+def dial_node(options: Any, node: Any) -> Any:
+    """A channel to a node that a registry has listed."""
     pair, _ = keys(options)
-    return dial(with_it[0].address, with_it[0].port, with_it[0].certificate.encode(), pair)
+    return dial(node.address, node.port, node.certificate.encode(), pair)
+
+
+@asynccontextmanager
+async def channels_to_registries(options: Any, nodes: Iterable[Any]) -> AsyncIterator[list[Any]]:
+    """Channels to those of the listed nodes that run a registry."""
+    async with AsyncExitStack() as opened:
+        yield [
+            await opened.enter_async_context(dial_node(options, node))
+            for node in nodes
+            if "registry" in node.services and node.certificate
+        ]

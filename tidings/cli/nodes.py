@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Lines of news that stand below the table.
 NEWS = 12
+# Seconds between two rounds in which no registry answers.
+RETRY = 0.5
 
 _COLOURS = {"up": "green", "joining": "yellow", "suspect": "yellow", "draining": "yellow", "failed": "red"}
 
@@ -36,7 +39,7 @@ def nodes(arguments: tuple[str, ...], as_json: bool, watch: bool) -> int:
     options, _ = load_options(arguments)
     if watch:
         try:
-            asyncio.run(_watch(options, as_json))
+            asyncio.run(_watch(options, as_json, for_ever=True))
         except KeyboardInterrupt:
             pass
         return OK
@@ -51,36 +54,37 @@ def nodes(arguments: tuple[str, ...], as_json: bool, watch: bool) -> int:
 HEADER = ("node", "address", "services", "state", "version", "strategy", "last update")
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    from rich.text import Text
+
     return (
         row["hostname"], f"{row['address']}:{row['port']}", ", ".join(row["services"]),
-        f"[{_COLOURS.get(row['state'], 'white')}]{row['state']}[/]", row["version"],
+        Text(row["state"], style=_COLOURS.get(row["state"], "white")), row["version"],
         row["strategy"] or "-", row["last_update"],
     )  # fmt: skip
 
 
-async def _watch(options: Any, as_json: bool) -> None:
-    """Each change as a line; on a terminal with the table above them, kept up to date."""
+async def _watch(options: Any, as_json: bool, for_ever: bool = False) -> None:
+    """Each change as a line; on a terminal with the table above them, kept up to date. `for_ever`: also when the
+    registry goes that is asked; else that raises Unreachable."""
     from rich.console import Console
     from rich.live import Live
 
     from tidings.api.registry.v1 import registry_pb2 as pb
-    from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
-    from tidings.cli.client import channel
     from tidings.kit.node_messages import node_from
 
     console = Console()
     known: dict[str, dict[str, Any]] = {}
-    news: list[str] = []
+    news: list[Any] = []
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
-    async with channel(options) as opened:
-        registry: Any = RegistryServiceStub(opened)
-        call = registry.WatchNodes(pb.WatchNodesRequest())
+    async with aclosing(_updates(options, for_ever)) as updates:
         with live or nullcontext():
-            async for update in call:
+            async for update in updates:
                 if update.HasField("snapshot"):
-                    known = {node.hostname: _row(node_from(node)) for node in update.snapshot.nodes}
-                    happened = [("is there", row) for row in known.values()]
+                    now = {node.hostname: _row(node_from(node)) for node in update.snapshot.nodes}
+                    happened = [("is there", row) for name, row in now.items() if not _same(row, known.get(name))]
+                    happened += [("left", row) for name, row in known.items() if name not in now]
+                    known = now
                 else:
                     kind = pb.NodeChangeKind.Name(update.change.kind).removeprefix("NODE_CHANGE_KIND_").lower()
                     row = _row(node_from(update.change.node))
@@ -95,15 +99,49 @@ async def _watch(options: Any, as_json: bool) -> None:
                     live.update(_picture(known, news), refresh=True)
 
 
+def _same(row: dict[str, Any], before: dict[str, Any] | None) -> bool:
+    """Whether nothing has happened to a node."""
+    return before is not None and all(row[key] == before[key] for key in ("incarnation", "state"))
+
+
+async def _updates(options: Any, for_ever: bool) -> AsyncGenerator[Any, None]:
+    """What the registry that commands talk to tells; when it goes, what any of the cluster tells from there on."""
+    import grpc
+
+    from tidings.api.registry.v1.registry_pb2 import WatchNodesRequest
+    from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+    from tidings.cli.client import GONE, channel, channels_to_registries
+
+    since = 0
+    nodes: dict[str, Any] = {}
+    async with channel(options) as opened:
+        while True:
+            async with channels_to_registries(options, nodes.values()) as others:
+                for one in (opened, *others):
+                    registry: Any = RegistryServiceStub(one)
+                    try:
+                        async for update in registry.WatchNodes(WatchNodesRequest(since=since)):
+                            since = update.view_version
+                            changed = [update.change.node] if update.HasField("change") else update.snapshot.nodes
+                            nodes.update({node.hostname: node for node in changed})
+                            yield update
+                    except grpc.aio.AioRpcError as error:
+                        if not (since and for_ever) or error.code() not in GONE:
+                            raise
+            await asyncio.sleep(RETRY)
+
+
 def _tell(
-    console: Any, live: Any, news: list[str], what: str, row: dict[str, Any], version: int, as_json: bool
+    console: Any, live: Any, news: list[Any], what: str, row: dict[str, Any], version: int, as_json: bool
 ) -> None:
+    from rich.text import Text
+
     now = datetime.datetime.now().strftime("%H:%M:%S")
     if as_json:
         click.echo(json.dumps({"time": now, "view": version, "change": what, **row}))
         return
     colour = {"failed": "red", "joined": "green", "back": "green", "is there": "green"}.get(what, "yellow")
-    line = f"{now}  view {version}  [bold]{row['hostname']}[/]  [{colour}]{what}[/]"
+    line = Text.assemble(f"{now}  view {version}  ", (row["hostname"], "bold"), "  ", (what, colour))
     if live is not None:
         news.append(line)
         del news[:-NEWS]
@@ -111,12 +149,12 @@ def _tell(
         console.print(line, highlight=False)
 
 
-def _picture(known: dict[str, dict[str, Any]], news: list[str]) -> Any:
+def _picture(known: dict[str, dict[str, Any]], news: list[Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
     table = make_table(HEADER, [_cells(row) for _, row in sorted(known.items())])
-    return Group(table, Text(""), *(Text.from_markup(line) for line in news), Text("Ctrl-C ends", style="dim"))
+    return Group(table, Text(""), *news, Text("Ctrl-C ends", style="dim"))
 
 
 async def _list(options: Any) -> list[dict[str, Any]]:

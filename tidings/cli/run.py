@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import sys
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,63 @@ from tidings.cli.app import PASS_ON, load_options
 @click.command(context_settings=PASS_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> int:
-    """Run services in this process: all of them, or those that are named (connector, router, registry, pubsub).
+    """Run services: all of them, or those that are named (connector, router, registry, pubsub).
+
+    All run in this process, or, with --processes=auto, in one for each core.
 
     \b
     Examples:
       tidings run --virt-hosts=example.org
+      tidings run --virt-hosts=example.org --processes=auto
       tidings run connector --registry=127.0.0.11:5777 --bind-address=127.0.0.14
     """
+    from tidings.kit import child_process
+
+    supervised = child_process.end_with_parent()
     options, names = load_options(arguments)
-    from tidings.kit import logging, runner
+    from tidings.kit import logging, supervisor
 
+    count = supervisor.process_count(options, names)
     logging.configure(options["log-format"], options["debug"])
-    return runner.run(options, names, lambda process: _welcome(options, process, not names))
+    if count > 1:
+        from tidings.cli.client import channel
+
+        return supervisor.run(options, count, lambda: _serving(options, names, channel(options)))
+    from tidings.kit import runner
+
+    if supervised:
+        from structlog.contextvars import bind_contextvars
+
+        # Several processes write the same log.
+        bind_contextvars(process=options["cluster-hostname"].partition(".")[0])
+    return runner.run(
+        options,
+        names,
+        lambda process: _serving(options, names, nullcontext(process.context.server.local_channel())),
+    )
 
 
-async def _welcome(options: Any, process: Any, all_of_them: bool) -> None:
+async def _serving(options: Any, names: list[str], router: AbstractAsyncContextManager[Any]) -> None:
+    """All that was to be started serves. `router`: opens a channel to a router."""
+    from tidings.kit import notify
+
+    if not names:
+        await _welcome(options, router)
+    notify.tell_ready()
+
+
+async def _welcome(options: Any, router: AbstractAsyncContextManager[Any]) -> None:
     """What somebody who has just started the server wants to know."""
-    if not all_of_them:
-        return
     created = None
     if not options["cluster-mode"] and not options["user-db-uri"]:
-        created = await _first_account(options, process)
-    if not sys.stdout.isatty() and os.environ.get("TIDINGS_WELCOME", "") != "always":
+        async with router as channel:
+            created = await _first_account(options, channel)
+    if not sys.stdout.isatty():
         return
+    from tidings.kit.own_node import local_address
+
     host = options["virt-hosts"][0]
-    bound = options["bind-address"][0] if options["bind-address"] else "127.0.0.1"
+    bound = local_address(options)
     bold = click.style
     lines = [
         "",
@@ -76,13 +109,13 @@ def _command(words: str, options: Any) -> str:
     return " ".join((program, words, *needed))
 
 
-async def _first_account(options: Any, process: Any) -> tuple[str, str] | None:
+async def _first_account(options: Any, channel: Any) -> tuple[str, str] | None:
     """An administrator for a new installation; its password is said once."""
     from tidings.api.router.v1.account_pb2 import CreateAccountRequest, ListAccountsRequest
     from tidings.api.router.v1.account_pb2_grpc import AccountServiceStub
     from tidings.kit.logging import get_logger
 
-    accounts: Any = AccountServiceStub(process.context.server.local_channel())
+    accounts: Any = AccountServiceStub(channel)
     if (await accounts.ListAccounts(ListAccountsRequest(page_size=1), timeout=10)).accounts:
         return None
     jid, password = f"admin@{options['virt-hosts'][0]}", secrets.token_urlsafe(12)

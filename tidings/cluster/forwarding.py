@@ -12,128 +12,23 @@ with it or refuses.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
+from tidings.cluster.flows import Flow, Group, Item, Mode, Pending, Port, Sent
 from tidings.cluster.strategy import HERE, Plan, Strategy
 from tidings.cluster.view import ClusterView
+
+__all__ = ["Forwarder", "Item", "Mode", "Pending", "Port", "Sent"]
 
 # Stanzas that may wait in one flow; more are refused to their sender (`Port.overflowed`). It stops one account
 # from filling memory while another router is away.
 MAX_WAITING = 1000
+# Stanzas of one flow that may be under way to another router; further ones wait here.
+MAX_OUTSTANDING = 1000
 # From so many on, whoever can hold its own sources back does so (`Forwarder.long`).
 HIGH = 64
-
-
-class Mode(IntEnum):
-    """What the receiver does with it. The values are those of common.v1.Forwarding."""
-
-    DECIDE = 1
-    SESSIONS = 2
-    NOTE = 3
-    STRATEGY = 4
-
-
-@dataclass(slots=True, eq=False)
-class Item:
-    """One stanza (or note) on its way; `payload` is whatever the router makes of it."""
-
-    # The flow: sender's and receiver's bare JIDs; at a router that got it from another one, that one too, for what
-    # comes from there must not wait for what goes there.
-    flow: tuple[str, ...]
-    # To whom: the account, and the resource or ''.
-    account: str
-    resource: str
-    payload: Any
-    mode: Mode = Mode.DECIDE
-    # What the router knows of who sent it; stays in this router.
-    origin: Any = None
-    # Where it came from: the incarnation of another router, '' from this one.
-    source: str = ""
-    # How often nobody took it.
-    missed: int = 0
-    # Said by who deals with it, when it came from another router: whether somebody took it, and an answer.
-    taken: bool = True
-    content: bytes = b""
-    # Tells its source; None when it came from this router.
-    answer: Callable[[Item], None] | None = None
-    order: int = 0
-
-
-# What dealing with an item returns: None when it is done, or something to wait for.
-Pending = Any
-
-
-class Port(Protocol):
-    """The router, as its forwarding sees it."""
-
-    def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
-        """Puts an item on the link to a router. Later exactly one of `taken`, `refused` and `lost` of the
-        forwarder MUST be called for it, in the order of the receiver's answers."""
-
-    def decide(self, item: Item, plan: Plan) -> Pending:
-        """Applies the rules of the account, or does what the item's mode says."""
-
-    def wait(self, pending: Pending, then: Callable[[], None]) -> None:
-        """Calls `then` when it is done, also when it has failed."""
-
-    def overflowed(self, item: Item) -> None:
-        """The item can't wait any longer: its sender gets an error."""
-
-
-class Sent:
-    """An item that a link carries, till its receiver has said what became of it."""
-
-    __slots__ = ("flow", "group", "item", "node")
-
-    def __init__(self, flow: _Flow | None, item: Item, node: str, group: _Group | None) -> None:
-        self.flow = flow
-        self.item = item
-        self.node = node
-        self.group = group
-
-
-class _Group:
-    """The copies of one item; `done` is told when all are answered."""
-
-    __slots__ = ("certain", "contents", "done", "left", "taken")
-
-    def __init__(self, left: int, certain: bool, taken: bool, done: Callable[[_Group], None]) -> None:
-        self.left = left
-        self.certain = certain
-        self.taken = taken
-        self.contents: list[bytes] = []
-        self.done = done
-
-
-class _Flow:
-    """What is under way from one account to another."""
-
-    __slots__ = ("busy", "drains", "key", "needs", "outstanding", "plan", "queue", "relief", "returned")
-
-    def __init__(self, key: tuple[str, ...]) -> None:
-        self.key = key
-        # What waits here, in order.
-        self.queue: deque[Item] = deque()
-        # What came back; in its old order once all are back.
-        self.returned: list[Item] = []
-        # How many are sent and not answered, and by which plan. By another one nothing is sent before they are.
-        self.outstanding = 0
-        self.plan = HERE
-        # Something is being dealt with, or its answers are waited for one by one.
-        self.busy = 0
-        # The view that is waited for.
-        self.needs = 0
-        # Something was refused: nothing more is sent until all that is under way is answered.
-        self.drains = False
-        self.relief: list[Callable[[], None]] = []
-
-    @property
-    def blocked(self) -> bool:
-        return bool(self.busy or self.queue or self.returned or self.drains)
 
 
 class Forwarder:
@@ -142,7 +37,7 @@ class Forwarder:
     def __init__(self, strategy: Strategy, port: Port) -> None:
         self._strategy = strategy
         self._port = port
-        self._flows: dict[tuple[str, ...], _Flow] = {}
+        self._flows: dict[tuple[str, ...], Flow] = {}
         self._order = 0
         # Notes of the strategy that are not taken yet, and who waits for which of them.
         self._telling: set[Sent] = set()
@@ -152,8 +47,12 @@ class Forwarder:
         self._seen: dict[str, int] = {}
         self._given: dict[str, int] = {}
         self._latched: dict[str, OrderedDict[tuple[str, ...], int]] = {}
-        # What came by a view that is newer than ours, or from a router that is not in it yet, by flow.
+        # What came by a view that is newer than ours, or from a router that is not in it yet, by flow; and which
+        # of these flows were there when it was looked before.
         self._early: dict[tuple[str, ...], list[tuple[Item, int, int]]] = {}
+        self._overdue: set[tuple[str, ...]] = set()
+        # How many flows there are with something that an account of this router sent.
+        self._senders: dict[str, int] = {}
         self._sources: frozenset[str] = frozenset()
         self.view = ClusterView()
         # Totals, for metrics.
@@ -176,9 +75,8 @@ class Forwarder:
                 flow.queue.append(item)
             return None
         plan = self._strategy.locate(item.account, item.resource)
-        if flow is not None and flow.outstanding and plan != flow.plan:
-            # What is on its way to somewhere else must be dealt with first.
-            flow.queue.append(item)
+        if (plan.decides or plan.nodes or flow is not None) and self._must_wait(flow, plan):
+            (flow or self._open(item.flow)).queue.append(item)
             return None
         if not plan.decides:
             return self._port.decide(item, plan)
@@ -192,7 +90,7 @@ class Forwarder:
 
     def under_way(self, account: str) -> bool:
         """Whether something that an account of this router sent has not been dealt with."""
-        return any(key[0] == account and len(key) == 2 for key in self._flows)
+        return account in self._senders
 
     def on_relief(self, key: tuple[str, ...], then: Callable[[], None]) -> None:
         """Calls `then` when nothing waits in a flow any more."""
@@ -210,13 +108,15 @@ class Forwarder:
         """
         flow = self._open(item.flow)
         flow.plan = plan
-        wait = not plan.certain and not taken
-        if wait:
-            flow.busy += 1
+        item.copied = True
 
-        def done(group: _Group) -> None:
-            if wait:
-                flow.busy -= 1
+        def first() -> None:
+            # Somebody has it, so the next one may go: a router that hangs does not hold up those that answer.
+            flow.busy -= 1
+            self._settle(flow)
+
+        def done(group: Group) -> None:
+            item.copied = False
             if group.taken:
                 self._finished(item)
             else:
@@ -224,7 +124,10 @@ class Forwarder:
                 flow.returned.append(item)
             self._settle(flow)
 
-        group = _Group(len(plan.nodes), plan.certain, taken, done)
+        group = Group(len(plan.nodes), plan.certain, taken, done)
+        if not plan.certain and not taken:
+            flow.busy += 1
+            group.first = first
         if not item.order:
             item.order = self._next()
         copy = Item(item.flow[:2], item.account, item.resource, item.payload, Mode.SESSIONS)
@@ -232,14 +135,15 @@ class Forwarder:
             flow.outstanding += 1
             self._send(node, copy, Sent(flow, item, node, group))
 
-    def ask(self, nodes: Sequence[str], item: Item, then: Callable[[list[bytes]], None]) -> None:
-        """Sends a note to other routers; `then` gets the answers of those that took it."""
-        if not nodes:
-            then([])
-            return
-        group = _Group(len(nodes), False, False, lambda group: then(group.contents))
+    def ask(self, nodes: Sequence[str], item: Item, then: Callable[[], None]) -> list[bytes]:
+        """Sends a note to other routers. The result is filled with the answers of those that take it; `then` is
+        called when all have answered."""
+        group = Group(len(nodes), False, False, lambda _group: then())
         for node in nodes:
             self._send(node, item, Sent(None, item, node, group))
+        if not nodes:
+            then()
+        return group.contents
 
     def tell(self, node: str, note: bytes) -> None:
         """Sends a note of the strategy (`tidings.cluster.strategy.Context`)."""
@@ -263,6 +167,7 @@ class Forwarder:
         if group is not None:
             group.taken = True
             group.contents.append(content)
+            _release(group)
         self._answered(sent)
 
     def refused(self, sent: Sent, version: int) -> None:
@@ -275,6 +180,21 @@ class Forwarder:
     def lost(self, sent: Sent) -> None:
         """The receiver is no more. Whether it had dealt with it cannot be known; it is sent another way."""
         self._returned(sent, 0)
+
+    def dropped(self, sent: Sent) -> None:
+        """The link could not take it, and it can't wait: its sender gets an error."""
+        group = sent.group
+        if sent.flow is not None and not (group is not None and group.taken):
+            self._port.overflowed(sent.item)
+        if group is not None:
+            group.taken = True
+            _release(group)
+        self._answered(sent)
+
+    def relieved(self) -> None:
+        """A link that was crowded is so no longer."""
+        for flow in list(self._flows.values()):
+            self._settle(flow)
 
     def _returned(self, sent: Sent, version: int) -> None:
         flow, group = sent.flow, sent.group
@@ -296,6 +216,7 @@ class Forwarder:
             group.left -= 1
             if not group.left:
                 group.done(group)
+                _release(group)
                 return
         if flow is not None:
             self._settle(flow)
@@ -347,7 +268,7 @@ class Forwarder:
     def view_changed(self, view: ClusterView) -> None:
         """There is a newer view. The strategy is told first, then what waited for it goes on."""
         self.view = view
-        self._sources = frozenset(node.incarnation for node in view.with_router_sessions())
+        self._sources = frozenset(node.incarnation for node in view.living_routers())
         known: tuple[dict[str, Any], ...] = (self._latched, self._seen, self._given)
         for by_router in known:
             for gone in set(by_router) - self._sources:
@@ -362,11 +283,12 @@ class Forwarder:
             self._settle(flow)
 
     def give_up_waiting(self) -> None:
-        """What came by a newer view has waited long enough for it: it goes back to who sent it."""
-        early, self._early = self._early, {}
-        for waiting in early.values():
-            for item, _, _ in waiting:
-                self._refuse(item)
+        """Called now and then: what came by a newer view and was waiting the last time goes back to who sent it."""
+        for key in self._overdue & set(self._early):
+            for item, _, _ in self._early.pop(key):
+                if item.mode is not Mode.STRATEGY:  # who keeps what is told must not miss one
+                    self._refuse(item)
+        self._overdue = set(self._early)
 
     # --- within ---
 
@@ -374,13 +296,29 @@ class Forwarder:
         self._order += 1
         return self._order
 
-    def _open(self, key: tuple[str, ...]) -> _Flow:
+    def _open(self, key: tuple[str, ...]) -> Flow:
         flow = self._flows.get(key)
         if flow is None:
-            flow = self._flows[key] = _Flow(key)
+            flow = self._flows[key] = Flow(key)
+            if len(key) == 2:
+                self._senders[key[0]] = self._senders.get(key[0], 0) + 1
         return flow
 
-    def _send_decide(self, flow: _Flow, item: Item, plan: Plan) -> None:
+    def _close(self, flow: Flow) -> None:
+        del self._flows[flow.key]
+        if len(flow.key) == 2:
+            sender = flow.key[0]
+            self._senders[sender] -= 1
+            if not self._senders[sender]:
+                del self._senders[sender]
+
+    def _must_wait(self, flow: Flow | None, plan: Plan) -> bool:
+        """What is on its way to somewhere else must be dealt with first; nor is more sent than can be taken."""
+        if flow is not None and flow.outstanding and (plan != flow.plan or flow.outstanding >= MAX_OUTSTANDING):
+            return True
+        return bool(plan.decides or plan.nodes) and self._port.crowded(plan)
+
+    def _send_decide(self, flow: Flow, item: Item, plan: Plan) -> None:
         flow.plan = plan
         flow.outstanding += 1
         item.order = item.order or self._next()
@@ -390,7 +328,7 @@ class Forwarder:
         self.sent += 1
         self._port.send(node, item, sent, self._seen.get(node, 0))
 
-    def _hold(self, flow: _Flow, item: Item, pending: Pending) -> None:
+    def _hold(self, flow: Flow, item: Item, pending: Pending) -> None:
         """Lets the flow wait until an item is dealt with."""
         flow.busy += 1
 
@@ -402,8 +340,9 @@ class Forwarder:
         self._port.wait(pending, done)
 
     def _done(self, item: Item) -> None:
-        """An item that came from another router has been dealt with, or is on its way to further sessions."""
-        if item.answer is None:
+        """An item that came from another router has been dealt with, unless copies of it are still under way: who
+        sent it keeps it until they are answered, and so does not let anything overtake it."""
+        if item.answer is None or item.copied:
             return
         if not item.taken and item.mode is Mode.SESSIONS:
             self._refuse(item)
@@ -435,7 +374,7 @@ class Forwarder:
             latched.popitem(last=False)
         return refusal is not None and refusal > refusals_seen
 
-    def _settle(self, flow: _Flow) -> None:
+    def _settle(self, flow: Flow) -> None:
         """Goes on with what waits in a flow, when it may."""
         while not flow.busy:
             if flow.returned or flow.drains:
@@ -453,7 +392,7 @@ class Forwarder:
             plan = HERE
             if item.mode is Mode.DECIDE:
                 plan = self._strategy.locate(item.account, item.resource)
-                if flow.outstanding and plan != flow.plan:
+                if self._must_wait(flow, plan):
                     return
             flow.queue.popleft()
             if plan.decides:
@@ -472,4 +411,10 @@ class Forwarder:
                 then()
             flow.relief.clear()
             if not flow.busy and not flow.returned and not flow.outstanding and self._flows.get(flow.key) is flow:
-                del self._flows[flow.key]
+                self._close(flow)
+
+
+def _release(group: Group) -> None:
+    first, group.first = group.first, None
+    if first is not None:
+        first()

@@ -38,9 +38,15 @@ class ClusterView:
         """The nodes that run a service, by name."""
         return [node for node in self if service in node.services]
 
-    def with_router_sessions(self) -> list[Node]:
-        """The routers that may have sessions: all but those that have failed."""
+    def living_routers(self) -> list[Node]:
+        """The routers that may say something: all but those that have failed."""
         return [node for node in self.with_service("router") if node.state is not NodeState.FAILED]
+
+    def with_router_sessions(self) -> list[Node]:
+        """The routers that may have sessions: all but those that have failed, and those that do not serve yet."""
+        return [
+            node for node in self.with_service("router") if node.state not in (NodeState.FAILED, NodeState.JOINING)
+        ]
 
     def with_node(self, version: int, node: Node) -> ClusterView:
         """The view in which this node is new, or as it is now."""

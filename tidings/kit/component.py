@@ -23,12 +23,12 @@ from tidings.api.common.v1.stanza_pb2 import Envelope, Feed
 from tidings.api.component.v1 import component_pb2 as pb
 from tidings.api.component.v1.component_pb2_grpc import ComponentServiceStub
 from tidings.cluster.node import Node, NodeState
-from tidings.kit.link import INTERVAL, Outbox
+from tidings.kit.link import INTERVAL, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KIND_NAMES, MESSAGE, PRESENCE, Stanza
 from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.service import Context
-from tidings.kit.tasks import Tasks
+from tidings.kit.tasks import Tasks, is_cancelled
 from tidings.xmpp import ns
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.stanza import attribute, error_stanza, iq_result, quoteattr
@@ -78,7 +78,8 @@ class Component:
         self._iq: dict[tuple[str, str], IqHandler] = {}
         self._others: dict[int, StanzaHandler] = {}
         self._feeds: Callable[[Envelope], None] | None = None
-        self._attaching: set[str] = set()
+        # By router: what keeps this component attached to it.
+        self._keeping: dict[str, asyncio.Task[None]] = {}
         self._tasks = Tasks()
         self._working = asyncio.Semaphore(CONCURRENCY)
         self.on_iq("get", f"{{{ns.DISCO_INFO}}}query", self._info)
@@ -101,10 +102,14 @@ class Component:
         self._feeds = handler
 
     def send(self, raw: bytes) -> bool:
-        """Sends a stanza with `from` and `to`, through any router; False when none is attached."""
-        for outbox in self.links.values():
-            outbox.begin(len(raw)).add(stanza=raw)
-            return True
+        """Sends a stanza with `from` and `to`, through any router that lives; False when none is there to take it."""
+        attached = [node for node in self.context.member.view.living_routers() if node.incarnation in self.links]
+        for node in sorted(attached, key=lambda node: node.state is not NodeState.UP):
+            try:
+                self.links[node.incarnation].begin(len(raw)).add(stanza=raw)
+                return True
+            except Overflow:
+                continue  # that link is about to be ended
         return False
 
     # --- life ---
@@ -122,34 +127,39 @@ class Component:
     # --- routers ---
 
     def _look(self) -> None:
-        for node in self.context.member.view.with_service("router"):
-            if node.state is not NodeState.FAILED and node.incarnation not in self._attaching:
-                self._attaching.add(node.incarnation)
-                self._tasks.spawn(self._keep(node), f"{self.name}: link to {node.hostname}")
+        view = self.context.member.view
+        for node in view.with_service("router"):
+            if node.state in (NodeState.UP, NodeState.SUSPECT) and node.incarnation not in self._keeping:
+                task = self._tasks.spawn(self._keep(node), f"{self.name}: link to {node.hostname}")
+                self._keeping[node.incarnation] = task
+        # What a router says that has failed counts no more.
+        for gone in set(self._keeping) - {node.incarnation for node in view.living_routers()}:
+            self._keeping.pop(gone).cancel()
 
     async def _keep(self, node: Node) -> None:
-        """Stays attached to a router as long as it is in the view."""
+        """Stays attached to a router until cancelled: it has failed or is gone."""
         told = False
-        try:
-            while self.context.member.view.by_incarnation(node.incarnation) is not None:
-                try:
-                    await self._attach(node)
-                except (grpc.RpcError, TimeoutError) as error:
-                    # A refusal has a reason and is worth an error, once; all else passes.
-                    refusal = error_detail(error) if isinstance(error, grpc.RpcError) else None
-                    final = refusal is not None and refusal.reason != ErrorReason.ERROR_REASON_NOT_SERVING
-                    (log.error if final and not told else log.debug)(
-                        "component_not_attached",
-                        component=self.name,
-                        router=node.hostname,
-                        reason=describe(error) if isinstance(error, grpc.RpcError) else "no answer",
-                    )
-                    told = told or final
-                    if not final:
-                        self.context.member.report(node, "a component could not attach")
-                await asyncio.sleep(RETRY)
-        finally:
-            self._attaching.discard(node.incarnation)
+        while True:
+            try:
+                await self._attach(node)
+            except (grpc.RpcError, TimeoutError) as error:
+                # A refusal has a reason and is worth an error, once; all else passes.
+                refusal = error_detail(error) if isinstance(error, grpc.RpcError) else None
+                final = refusal is not None and refusal.reason != ErrorReason.ERROR_REASON_NOT_SERVING
+                (log.error if final and not told else log.debug)(
+                    "component_not_attached",
+                    component=self.name,
+                    router=node.hostname,
+                    reason=describe(error) if isinstance(error, grpc.RpcError) else "no answer",
+                )
+                told = told or final
+                if refusal is None:
+                    self.context.member.report(node, "a component could not attach")
+            except asyncio.CancelledError:
+                if is_cancelled():
+                    raise
+                log.debug("component_detached", component=self.name, router=node.hostname)  # this side ended the call
+            await asyncio.sleep(RETRY)
 
     async def _attach(self, node: Node) -> None:
         local = node.incarnation == self.context.node.incarnation
@@ -164,6 +174,7 @@ class Component:
                 response = await call.read()
             if response is grpc.aio.EOF:
                 return
+            self.context.member.reaches(node)
             self.domains = list(response.registered.domains)
             self.links[node.incarnation] = outbox
             log.debug("component_attached", component=self.name, router=node.hostname)

@@ -43,7 +43,8 @@ def parse(uri: str) -> DatabaseUrl:
         return DatabaseUrl("sqlite", path=Path(path))
     if scheme not in _SCHEMES or not separator:
         raise OptionError(["--user-db-uri begins with jdbc:mysql://, mysql:// or sqlite:///; this one does not"])
-    parts = urlsplit(f"mysql://{rest}")
+    # There are no fragments here: a # belongs to a name or password.
+    parts = urlsplit(f"mysql://{rest.replace('#', '%23')}")
     credentials, at, places = parts.netloc.rpartition("@")
     query = parse_qs(parts.query, keep_blank_values=True)
     user, password = "", ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -22,10 +23,12 @@ log = get_logger("database")
 
 T = TypeVar("T")
 
-# Seconds to reach the database, to get a connection of the pool, and for one transaction.
+# Seconds to reach the database, to get a connection of the pool, and for one transaction; and for the one who
+# tries whether a database that did not answer in time does so again.
 CONNECT_TIMEOUT = 5.0
 POOL_TIMEOUT = 10.0
-STATEMENT_TIMEOUT = 20.0
+STATEMENT_TIMEOUT = 8.0
+TRY_TIMEOUT = 2.0
 POOL_SIZE = 8
 
 # Transactions that met another one are tried again, so often.
@@ -33,8 +36,11 @@ TRIES = 5
 
 # MySQL: deadlock, lock wait timeout. Both mean: again from the start.
 _AGAIN = frozenset((1213, 1205))
-# MySQL: the server is not there, is going, or has gone.
-_GONE = frozenset((1040, 1053, 1152, 1158, 1159, 1160, 1161, 1927, 2002, 2003, 2006, 2013, 2055))
+# MySQL: the server is not there, is going, or has gone; or it takes no more users (1040, 1203), is not in step with
+# its Galera cluster (1047), or takes no writes while another one becomes the primary (1290, 1836).
+_GONE = frozenset(
+    (1040, 1047, 1053, 1152, 1158, 1159, 1160, 1161, 1203, 1290, 1836, 1927, 2002, 2003, 2006, 2013, 2055)
+)
 
 
 class DatabaseAway(Exception):
@@ -83,6 +89,9 @@ class Database:
         self._engine: AsyncEngine | None = None
         # SQLite has one writer; here they wait in order instead of trying again and again.
         self._writer = asyncio.Lock()
+        # It has not answered in time; and somebody tries now whether it does.
+        self._silent = False
+        self._trying = False
 
     @property
     def sqlite(self) -> bool:
@@ -107,7 +116,7 @@ class Database:
         """A connection to read with. Raises DatabaseAway."""
         assert self._engine is not None, "the database is not started"
         with _translated():
-            async with asyncio.timeout(STATEMENT_TIMEOUT), self._engine.connect() as connection:
+            async with self._in_time(STATEMENT_TIMEOUT), self._engine.connect() as connection:
                 if self.sqlite:
                     connection = await connection.execution_options(tidings_write=False)
                 yield connection
@@ -118,11 +127,33 @@ class Database:
         assert self._engine is not None, "the database is not started"
         with _translated():
             if self.sqlite:
-                async with self._writer, asyncio.timeout(timeout), self._engine.begin() as connection:
+                async with self._writer, self._in_time(timeout), self._engine.begin() as connection:
                     yield connection
             else:
-                async with asyncio.timeout(timeout), self._engine.begin() as connection:
+                async with self._in_time(timeout), self._engine.begin() as connection:
                     yield connection
+
+    @asynccontextmanager
+    async def _in_time(self, timeout: float) -> AsyncIterator[None]:
+        """Bounds the time for an answer. While the database is silent one caller at a time tries it, briefly, and the
+        others are told at once: they must not all wait, and those behind them, for what will not come."""
+        if not self._silent:
+            try:
+                async with asyncio.timeout(timeout):
+                    yield
+            except TimeoutError:
+                self._silent = True
+                raise
+            return
+        if self._trying:
+            raise DatabaseAway("it has not answered for a while")
+        self._trying = True
+        try:
+            async with asyncio.timeout(min(timeout, TRY_TIMEOUT)):
+                yield
+            self._silent = False
+        finally:
+            self._trying = False
 
     async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Runs `work` in a transaction, whole and again when it met another one. Raises DatabaseAway."""
@@ -130,8 +161,9 @@ class Database:
             try:
                 async with self.write() as connection:
                     return await work(connection)
-            except DBAPIError as error:
-                if _number(error) not in _AGAIN or attempt == TRIES:
+            except DatabaseAway as away:
+                error = away.__cause__
+                if attempt == TRIES or not isinstance(error, DBAPIError) or _number(error) not in _AGAIN:
                     raise
                 log.debug("transaction_again", attempt=attempt)
         raise AssertionError("unreachable")
@@ -160,7 +192,8 @@ class _translated:
         if error is None or isinstance(error, DatabaseAway):
             return
         if _is_away(error):
-            raise DatabaseAway(str(error).splitlines()[0]) from error
+            reason = str(error) or "it did not answer in time"
+            raise DatabaseAway(reason.splitlines()[0]) from error
 
 
 def _is_away(error: BaseException) -> bool:
@@ -168,16 +201,18 @@ def _is_away(error: BaseException) -> bool:
         return True
     if isinstance(error, RuntimeError) and "handler is closed" in str(error):
         return True  # aiomysql under uvloop, for a connection that the server has closed
-    if isinstance(error, DBAPIError):
-        if error.connection_invalidated or _number(error) in _GONE:
-            return True
-        return isinstance(error, OperationalError) and (
-            "database is locked" in str(error.orig)
-            or "unable to open database" in str(error.orig)
-            or "Can't connect" in str(error.orig)
-            or "Lost connection" in str(error.orig)
-        )
-    return False
+    if not isinstance(error, DBAPIError):
+        return False
+    if isinstance(error, OperationalError | InternalError):
+        # Full, read-only, without a quorum, another password: it may pass, and nobody must die of it meanwhile. Only
+        # SQLite says the same of statements that are wrong.
+        return getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
+    return error.connection_invalidated
+
+
+def is_gone(error: DBAPIError) -> bool:
+    """Whether the server was lost, or can't serve now, so that the statement is not at fault."""
+    return error.connection_invalidated or _number(error) in _GONE
 
 
 def _number(error: DBAPIError) -> int:

@@ -30,9 +30,11 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Without it a second server on the same port binds in silence, and calls land in either.
     ("grpc.so_reuseport", 0),
     # A dead peer is noticed on idle streams too.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Dialling sides ask every second; gRPC would take that for an attack.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.keepalive_permit_without_calls", 1),
     # A batch is at most 1 MiB of stanzas; the rest is margin.
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
@@ -208,12 +210,13 @@ class ClusterServer:
                 task.cancel()
 
     async def _admit(self, method: str, context: Any) -> Caller:
-        if self._held and method.partition("/")[0] in self._held:
-            raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the service is starting; try again in a moment")
         if getattr(context, "local", False):
+            self._check_started(method)
             return self._own
         shown = context.auth_context().get("x509_pem_cert")
         caller = self._identify(shown[0]) if shown else None
+        if caller is not None:
+            self._check_started(method)
         unknown = caller is None or (caller.kind == "joiner" and not allowed(method, caller))
         if unknown and shown and self._newer_view is not None:
             # A node that has just joined is in the registry's view before it is in ours.
@@ -227,7 +230,13 @@ class ClusterServer:
             name = f"{caller.kind} {caller.name!r}" if caller else "this caller"
             log.warning("call_refused", method=method, caller=name)
             raise TidingsError(ErrorReason.ERROR_REASON_NOT_ALLOWED, f"{name} may not call {method}")
+        self._check_started(method)
         return caller
+
+    def _check_started(self, method: str) -> None:
+        """Only who has a name is told; strangers learn nothing."""
+        if self._held and method.partition("/")[0] in self._held:
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the service is starting; try again in a moment")
 
 
 class _Guarding:

@@ -11,6 +11,9 @@ from tidings.cluster.node import NodeState
 from tidings.cluster.view import ClusterView
 from tidings.kit.pki import URI_CLIENT, URI_NODE, CertificateAuthority, normalised, uri_names
 
+# What a client's certificate may be limited to; what each opens says `tidings.kit.access`.
+SCOPES = frozenset({"accounts", "component", "nodes"})
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -20,10 +23,13 @@ class Caller:
     # very process.
     kind: str
     name: str
+    # Of a node: what it runs. Of a client: its scopes.
     services: frozenset[str] = frozenset()
     incarnation: str = ""
     # What it showed (PEM); '' for local callers.
     certificate: str = ""
+    # Of a node or joiner: the services that its certificate lets it run; none named: any.
+    may_run: frozenset[str] = frozenset()
 
 
 class Identities:
@@ -55,7 +61,10 @@ class Identities:
             # It may ask to join anew, if an authority of ours has signed for it.
             return by_name
         if node is not None:
-            return Caller("node", node.hostname, frozenset(node.services), node.incarnation, certificate)
+            services = frozenset(node.services)
+            # A certificate that no authority of ours has signed says no more than its row.
+            may_run = by_name.may_run if by_name is not None and by_name.kind == "joiner" else services
+            return Caller("node", node.hostname, services, node.incarnation, certificate, may_run)
         return by_name
 
     def _judge(self, leaf: bytes) -> tuple[str, Caller | None]:
@@ -67,9 +76,11 @@ class Identities:
         if any(authority.signed(certificate) for authority in self._authorities):
             for uri in uri_names(certificate):
                 if uri.startswith(URI_CLIENT):
-                    return text, Caller("client", uri.removeprefix(URI_CLIENT), certificate=text)
+                    name, limited, scopes = uri.removeprefix(URI_CLIENT).partition("/")
+                    services = frozenset(scopes.split(",")) if limited else SCOPES
+                    return text, Caller("client", name, services, certificate=text)
                 if uri.startswith(URI_NODE):
-                    name, _, services = uri.removeprefix(URI_NODE).partition("/")
-                    may_run = frozenset(services.split(",")) if services else frozenset()
-                    return text, Caller("joiner", name, may_run, certificate=text)
+                    name, _, allowed = uri.removeprefix(URI_NODE).partition("/")
+                    may_run = frozenset(allowed.split(",")) if allowed else frozenset()
+                    return text, Caller("joiner", name, may_run=may_run, certificate=text)
         return text, None

@@ -16,6 +16,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.logging import get_logger
+
+log = get_logger("server")
 
 # A batch beyond either is closed and the next one begun (DESIGN 6): it keeps one message well under gRPC's
 # 4 MiB, and one link from holding a process's loop for long.
@@ -30,9 +33,10 @@ LAST_WRITE = 1.0
 # Waits shorter than this are not worth a timer.
 SHORTEST_WAIT = 0.0002
 
-# Closed batches that may wait for the stream: 64 MiB at most. A peer that takes none of them is as good as
-# dead. Beyond it `Overflow` is raised, and the link's owner ends the link.
-MAX_WAITING = 64
+# Closed batches that may wait for the stream, and bytes in them. A peer that takes none of them is as good as
+# dead. Beyond either `Overflow` is raised, and the link's owner ends the link.
+MAX_WAITING = 256
+MAX_WAITING_BYTES = 64 << 20
 # Sent batches of a resumable link that its peer has not confirmed; with so many, those that follow wait.
 MAX_UNCONFIRMED = 128
 # Seconds that a confirmation may wait for company.
@@ -61,15 +65,18 @@ class Gap(Exception):
 class Outbox(Generic[B]):
     """What waits to be sent on one link.
 
-    Its bound is MAX_WAITING closed batches; beyond it `begin` and `begin_item` raise Overflow. From half of
-    that on `congested` is true: whoever can hold back its own sources does so then.
+    Its bounds are MAX_WAITING closed batches and MAX_WAITING_BYTES; beyond either `begin` and `begin_item` raise
+    Overflow. From half of that on `congested` is true: whoever can hold back its own sources does so then. An
+    outbox of answers has no bound of its own: who asks is bounded.
 
     A resumable link outlives its calls: what the peer has not confirmed is kept, and sent again by the next
     call (`resume`). Then `run` is started once for each call.
     """
 
     __slots__ = (
+        "_bounded",
         "_bytes",
+        "_confirm",
         "_confirming",
         "_count",
         "_ended",
@@ -80,7 +87,9 @@ class Outbox(Generic[B]):
         "_unconfirmed",
         "_waiter",
         "_waiting",
+        "_waiting_bytes",
         "batch",
+        "confirmed_through",
         "on_batch",
         "on_relief",
         "received",
@@ -91,17 +100,23 @@ class Outbox(Generic[B]):
         "sequence",
     )  # fmt: skip
 
-    def __init__(self, new: Callable[[], B], interval: float, resumable: bool = False) -> None:
+    def __init__(self, new: Callable[[], B], interval: float, resumable: bool = False, bounded: bool = True) -> None:
         self._resumable = resumable
+        self._bounded = bounded
         # Sent and not confirmed, and those of them that the present call has to send again.
         self._unconfirmed: deque[B] = deque()
         self._resend: deque[B] = deque()
         self._confirming: asyncio.TimerHandle | None = None
+        # The peer is to be told what was taken, by a batch of its own if no other one goes.
+        self._confirm = False
+        # The last batch that the peer has confirmed.
+        self.confirmed_through = 0
         # Called with each batch when it has got its number.
         self.on_batch: Callable[[B], None] | None = None
         self._new = new
         self._interval = interval
-        self._waiting: deque[tuple[B, int]] = deque()
+        self._waiting: deque[tuple[B, int, int]] = deque()
+        self._waiting_bytes = 0
         self._waiter: asyncio.Future[None] | None = None
         self._count = 0
         self._bytes = 0
@@ -141,14 +156,17 @@ class Outbox(Generic[B]):
 
     @property
     def congested(self) -> bool:
-        return len(self._waiting) > MAX_WAITING // 2
+        return len(self._waiting) > MAX_WAITING // 2 or self._waiting_bytes > MAX_WAITING_BYTES // 2
 
     def _close(self) -> None:
         if not self._count:
             return
-        if len(self._waiting) >= MAX_WAITING:
-            raise Overflow(f"{MAX_WAITING} batches wait for a peer that does not take them")
-        self._waiting.append((self.batch, self._count))
+        if self._bounded and (len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES):
+            raise Overflow(f"{len(self._waiting)} batches wait for a peer that does not take them")
+        # What is dealt with by now has its answers in this batch or before it; what comes later may not.
+        self.batch.safe_through = self.safe
+        self._waiting.append((self.batch, self._count, self._bytes))
+        self._waiting_bytes += self._bytes
         if self.congested:
             self.relieving = True
         self.batch = self._new()
@@ -174,11 +192,12 @@ class Outbox(Generic[B]):
 
     def _confirm_now(self) -> None:
         self._confirming = None
-        if not self._count:
-            self.begin_item()
+        self._confirm = True
+        self._wake()
 
     def confirmed(self, through: int) -> None:
         """The peer has taken all batches up to this number."""
+        self.confirmed_through = max(self.confirmed_through, through)
         while self._unconfirmed and self._unconfirmed[0].sequence <= through:
             self._unconfirmed.popleft()
             if len(self._unconfirmed) == MAX_UNCONFIRMED - 1:
@@ -188,9 +207,10 @@ class Outbox(Generic[B]):
         """Another call begins: batches behind this number are sent again, first."""
         self.confirmed(after)
         self._resend = deque(self._unconfirmed)
+        self.confirm_soon()
 
     def take(self, sequence: int) -> bool:
-        """Whether a batch of the peer is new. Raises Gap."""
+        """Whether a batch of the peer is new; one without a number only confirms. Raises Gap."""
         if sequence <= self.received:
             return False
         if sequence != self.received + 1:
@@ -202,17 +222,18 @@ class Outbox(Generic[B]):
         return self._resumable and len(self._unconfirmed) >= MAX_UNCONFIRMED
 
     async def run(self, write: Callable[[B], Awaitable[Any]]) -> None:
-        """Sends batches by `write` until cancelled, or until the stream is over: who reads it sees why."""
+        """Sends batches by `write` until cancelled, or until the stream is over."""
         loop = asyncio.get_running_loop()
         last = 0.0
         while not self._ended:
             if self._resend:
                 again = self._resend.popleft()
                 again.received_through = self.received
-                again.safe_through = self.safe
-                try:
-                    await write(again)
-                except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                if not await self._write(write, again):
+                    return
+                continue
+            if self._confirm and (self._full() or not (self._count or self._waiting)):
+                if not await self._write(write, self._confirmation()):
                     return
                 continue
             if (not self._count and not self._waiting) or self._full():
@@ -225,29 +246,46 @@ class Outbox(Generic[B]):
                     await asyncio.sleep(wait)
                 last = loop.time()
             if self._waiting:
-                batch, count = self._waiting.popleft()
+                batch, count, size = self._waiting.popleft()
+                self._waiting_bytes -= size
                 if self.relieving and not self.congested:
                     self.relieving = False
                     if self.on_relief is not None:
                         self.on_relief()
             else:
-                batch, count = self.batch, self._count
-                self.sent_bytes += self._bytes
+                batch, count, size = self.batch, self._count, self._bytes
+                batch.safe_through = self.safe
                 self.batch = self._new()
                 self._count = self._bytes = 0
             self.sequence += 1
+            self._confirm = False
             batch.sequence = self.sequence
             batch.received_through = self.received
-            batch.safe_through = self.safe
+            self.sent_bytes += size
             self.sent_envelopes += count
             if self._resumable:
                 self._unconfirmed.append(batch)
                 if self.on_batch is not None:
                     self.on_batch(batch)
-            try:
-                await write(batch)
-            except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            if not await self._write(write, batch):
                 return
+
+    def _confirmation(self) -> B:
+        """A batch without a number and content: it may go while the peer has to confirm others first."""
+        self._confirm = False
+        batch = self._new()
+        batch.received_through = self.received
+        if not self._count and not self._waiting:
+            batch.safe_through = self.safe
+        return batch
+
+    async def _write(self, write: Callable[[B], Awaitable[Any]], batch: B) -> bool:
+        """False when the stream is over: who reads it sees why."""
+        try:
+            await write(batch)
+        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            return False
+        return True
 
 
 def in_order(envelopes: Any, items: Any) -> Iterator[Envelope | Any]:
@@ -307,14 +345,21 @@ class Lane:
         self._spawn(self._drain(result), "lane")
 
     async def _drain(self, result: Awaitable[None]) -> None:
-        await result
         waiting = self.waiting
         assert waiting is not None
-        while waiting:
-            step, args = waiting.popleft()
-            following = step(*args)
-            if following is not None:
-                await following
+        following: Awaitable[None] | None = result
+        while True:
+            try:
+                if following is not None:
+                    await following
+                if not waiting:
+                    break
+                step, args = waiting.popleft()
+                following = step(*args)
+            except Exception:
+                # Errors are the steps' own business; one that was not foreseen must not hold up those behind it.
+                log.exception("step_failed")
+                following = None
         self.waiting = None
         if self._idle is not None:
             self._idle.set_result(None)

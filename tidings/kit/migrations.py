@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -21,7 +23,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.kit.db import Database, DatabaseAway, Text
+from tidings.kit.db import Database, DatabaseAway, Text, is_gone
 from tidings.kit.logging import get_logger
 
 log = get_logger("database")
@@ -53,19 +55,29 @@ async def migrate(database: Database, service: str, location: str) -> None:
     package, _, folder = location.partition(":")
     scripts = _scripts(str(files(package).joinpath(folder)))
     head = scripts.get_current_head()
-    if await _current(database, service) == head:
+
+    async def done() -> bool:
+        current = await _current(database, service)
+        if current is None or current == head:
+            return current == head
+        # A newer release has been here: what it did leaves room for this one, or they could not run side by side.
+        newer = current not in {script.revision for script in scripts.walk_revisions()}
+        if newer:
+            log.info("tables_are_newer", service=service, at=current, known=head)
+        return newer
+
+    if await done():
         return
     await _make_lease_table(database)
-    lease = _Lease(database, service)
-    if not await lease.acquire(head):
+    lease = _Lease(database, service, done)
+    if not await lease.acquire():
         return  # another process has done it
     beating = asyncio.get_running_loop().create_task(lease.keep(), name=f"migration lease of {service}")
     try:
         log.info("migrating", service=service, to=head)
         async with database.write(timeout=PATIENCE) as connection:
-            await connection.run_sync(_upgrade, scripts, service)
-    except DBAPIError as error:
-        raise MigrationError(f"the tables of {service} can't be brought up to date: {error.orig}") from error
+            with _explained(f"the tables of {service} can't be brought up to date"):
+                await connection.run_sync(_upgrade, scripts, service)
     finally:
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)
@@ -109,32 +121,43 @@ async def _current(database: Database, service: str) -> str | None:
 
 
 async def _make_lease_table(database: Database) -> None:
-    try:
-        async with database.write() as connection:
+    async with database.write() as connection:
+        with _explained("can't make tables in this database"):
             await connection.execute(sa.schema.CreateTable(_leases, if_not_exists=True))
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Makes a MigrationError of what a statement is refused for, unless it is the server that is away."""
+    try:
+        yield
     except DBAPIError as error:
-        raise MigrationError(f"can't make tables in this database: {error.orig}") from error
+        if is_gone(error):
+            raise
+        raise MigrationError(f"{what}: {error.orig}") from error
 
 
 class _Lease:
     """The right to migrate one service's tables."""
 
-    def __init__(self, database: Database, service: str) -> None:
+    def __init__(self, database: Database, service: str, done: Callable[[], Awaitable[bool]]) -> None:
+        """`done`: whether nothing is left to do."""
         self._database = database
         self._service = service
+        self._done = done
         self._holder = secrets.token_hex(8)
 
-    async def acquire(self, head: str | None) -> bool:
+    async def acquire(self) -> bool:
         """Waits for the right; False when meanwhile there is nothing left to do."""
         seen: tuple[str, int] | None = None
         since = time.monotonic()
         give_up = since + PATIENCE
         while time.monotonic() < give_up:
-            if await _current(self._database, self._service) == head:
+            if await self._done():
                 return False
             found = await self._try(seen if time.monotonic() - since >= LEASE else None)
             if found is None:
-                if await _current(self._database, self._service) == head:
+                if await self._done():
                     await self.release()
                     return False
                 return True
@@ -164,8 +187,8 @@ class _Lease:
 
         try:
             return await self._database.transaction(work)
-        except DBAPIError:
-            return ("", -1)  # another process was faster with the same insert
+        except (DBAPIError, DatabaseAway):
+            return ("", -1)  # another process was faster with the same insert; or the next look says what is wrong
 
     async def keep(self) -> None:
         """Raises the number until cancelled. On SQLite the work itself locks others out."""

@@ -16,7 +16,7 @@ other exception becomes <internal-server-error/> and a log line.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -75,8 +75,8 @@ class Session(Protocol):
     interested: bool
     # Whom it sent presence directly (RFC 6121 4.6): JIDs as text.
     directed: set[str]
-    # Values of modules, by a key of their own.
-    notes: dict[str, Any]
+    # Values of modules, by a key of their own. They go with the session to another router.
+    notes: dict[str, bytes]
 
 
 class Stanza:
@@ -188,6 +188,13 @@ class RouterPort(Protocol):
 
     def release(self, session: Session) -> None: ...
 
+    def is_open(self, session: Session) -> bool:
+        """Whether what is delivered to a session now goes to its stream: it has not ended, nor is it between two
+        routers."""
+
+    def in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Does something that nobody waits for. What it raises is logged; it is cut off when the router stops."""
+
     async def account_exists(self, jid: Jid) -> bool: ...
 
     def delete_account(self, account: Jid) -> None:
@@ -213,6 +220,7 @@ class Hooks:
     undelivered: list[StanzaHandler] = field(default_factory=list)
     session_started: list[SessionHandler] = field(default_factory=list)
     session_available: list[SessionHandler] = field(default_factory=list)
+    session_attached: list[SessionHandler] = field(default_factory=list)
     presence_changed: list[PresenceHandler] = field(default_factory=list)
     session_ended: list[EndHandler] = field(default_factory=list)
     session_left: list[Callable[[Session], None]] = field(default_factory=list)
@@ -310,12 +318,17 @@ class Module:
         """A session sent initial presence, or its priority rose from below zero."""
         self._hooks.session_available.append(handler)
 
+    def on_session_attached(self, handler: SessionHandler) -> None:
+        """A session came from another router, and its stream is attached here."""
+        self._hooks.session_attached.append(handler)
+
     def on_presence_changed(self, handler: PresenceHandler) -> None:
         """A session has broadcast presence that was in order, or became unavailable."""
         self._hooks.presence_changed.append(handler)
 
     def on_session_ended(self, handler: EndHandler) -> None:
-        """A session is over; the flag says whether it was available till then."""
+        """A session is over; the flag says whether it was available till then. A handler that raises DatabaseAway is
+        called again."""
         self._hooks.session_ended.append(handler)
 
     def on_session_left(self, handler: Callable[[Session], None]) -> None:

@@ -14,12 +14,9 @@ STRATEGIES = {
     "tigase.cluster.strategy.SMNonCachingAllNodes": "broadcast",
     "tigase.server.cluster.strategy.SMNonCachingAllNodes": "broadcast",
 }
-COMPONENT_CLASSES = {"tigase.pubsub.cluster.PubSubComponentClustered": "pubsub"}
-
-# Options of Tigase that mean nothing here, each with the reason.
-REFUSED = {
-    "cluster-nodes": "nodes find each other through the table cluster_nodes; remove the line",
-    "cluster-connect-all": "every node connects to all others; remove the line",
+COMPONENT_CLASSES = {
+    "tigase.pubsub.PubSubComponent": "pubsub",
+    "tigase.pubsub.cluster.PubSubComponentClustered": "pubsub",
 }
 
 OPTIONS: tuple[Option, ...] = (
@@ -32,6 +29,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("bind-address", T.LIST, "", "Addresses to listen on, for clients and, when given, for the cluster port. Default: all.", example="192.0.2.10,2001:db8::10"),
     Option("c2s-ports", T.PORTS, "5222", "Ports for clients, with STARTTLS."),
     Option("c2s-tls-ports", T.PORTS, "5223", "Ports for clients, with TLS from the first byte (XEP-0368)."),
+    Option("c2s-reuse-port", T.BOOL, "false", "Whether connectors of this machine share the client ports; --processes sets it."),
     Option("http-ports", T.PORTS, "5280", "Ports for WebSocket and BOSH, kept for a later release."),
     Option("http-tls-ports", T.PORTS, "5281", "The same with TLS, kept for a later release."),
     Option("admin-port", T.PORT, "5080", "The port of /metrics, /healthz and /readyz; 0 switches it off."),
@@ -68,6 +66,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("resume-timeout", T.SECONDS, "300s", "How long a session waits for its client. Has no effect yet."),
     Option("drain-timeout", T.SECONDS, "30s", "How long a stopping node may take to hand over."),
     # --- the process ---
+    Option("processes", T.TEXT, "1", "How many processes to run: 1 for all services, more for routers and connectors apart; auto: one for each core.", example="auto"),
     Option("event-loop", T.CHOICE, "auto", "uvloop where it is installed, or asyncio.", choices=("auto", "uvloop", "asyncio")),
     # --- logs ---
     Option("log-format", T.CHOICE, "auto", "console, json, or by where output goes.", choices=("auto", "console", "json")),

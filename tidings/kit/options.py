@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidings.kit.option_table import OPTIONS, REFUSED
+from tidings.kit.option_table import OPTIONS
 from tidings.kit.option_types import Option, OptionType
+from tidings.kit.tigase_options import check_value, translated
 
 __all__ = ["Option", "OptionError", "OptionType", "Options", "load", "split_arguments"]
 
 DEFAULT_FILES = (Path("/etc/tidings/init.properties"), Path("init.properties"))
 ENVIRONMENT = "TIDINGS_"
 
-_LINE = re.compile(r"(?:--)?([A-Za-z][A-Za-z0-9-]*)(?:\[([^\]]*)\])?\s*=\s*(.*)", re.S)
+# Names of ours have letters and dashes; those of Tigase also have what else is here.
+_LINE = re.compile(r"(?:--)?([A-Za-z][A-Za-z0-9_./-]*)(?:\[([^\]]*)\])?\s*=\s*(.*)", re.S)
+_NO_NAME = re.compile(r"[^A-Za-z0-9_./-]")
 _NUMBERED = re.compile(r"(.+)-[0-9]+")
 
 MASK = "********"
@@ -105,11 +108,24 @@ class Options:
         return _checked(self._options, settings, [])
 
     def arguments(self) -> list[str]:
-        """The options that are set, as a command line."""
+        """The options that are set, as a command line, which everybody on a machine can read: without secrets."""
         return [
             f"--{name}{f'[{key}]' if key else ''}={setting.text}"
             for (name, key), setting in sorted(self._settings.items())
+            if not self._secret(name)
         ]
+
+    def secrets(self) -> dict[str, str]:
+        """The secrets that are set, as environment variables; none is set by host or name."""
+        return {
+            ENVIRONMENT + name.upper().replace("-", "_"): setting.text
+            for (name, _), setting in self._settings.items()
+            if self._secret(name)
+        }
+
+    def _secret(self, name: str) -> bool:
+        option = _find(self._options, name)
+        return option is not None and option.secret
 
 
 def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -216,6 +232,15 @@ def _find(options: Mapping[str, Option], name: str) -> Option | None:
     return None
 
 
+def _ours(options: Mapping[str, Option], name: str, text: str) -> tuple[str, str] | None:
+    """Name and value of an option that Tigase's users know; None for one that says what is so anyway. Raises
+    ValueError: why it is refused."""
+    if _find(options, name) is None:
+        return translated(name, text)
+    check_value(name, text)
+    return name, text
+
+
 def _from_lines(
     options: Mapping[str, Option], lines: Iterable[tuple[str, str]], problems: list[str]
 ) -> dict[tuple[str, str], _Setting]:
@@ -228,15 +253,18 @@ def _from_lines(
             if option is not None and option.type is OptionType.BOOL:
                 settings[word, ""] = _Setting("true", source)
                 continue
-            shown = word.split()[0][:60] if word else line[:60]
+            shown = _NO_NAME.split(word)[0]  # nothing of a value: it may be a secret
             problems.append(f"{source}: {shown!r} is no option; options are written --name=value")
             continue
         name, key, text = match[1], match[2] or "", match[3].strip()
-        if name == "config-type":
-            continue  # the usual first line of a Tigase file, which means nothing here
-        if name in REFUSED:
-            problems.append(f"{source}: --{name}: {REFUSED[name]}")
+        try:
+            ours = _ours(options, name, text)
+        except ValueError as error:
+            problems.append(f"{source}: --{name}: {error}")
             continue
+        if ours is None:
+            continue
+        name, text = ours
         option = _find(options, name)
         if option is None:
             problems.append(f"{source}: there is no option --{name}{_nearest(options, name)}")
@@ -268,10 +296,16 @@ def _from_environment(
                 settings[from_file, ""] = _Setting(Path(text).read_text().strip(), f"file of {variable}")
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{variable}: the file can't be read: {error}")
-        elif option is None:
-            problems.append(f"environment: {variable} is no option{_nearest(options, name)}")
         else:
-            settings[name, ""] = _Setting(text, "environment")
+            try:
+                ours = _ours(options, name, text.strip())
+            except ValueError as error:
+                problems.append(f"environment: {variable}: {error}")
+                continue
+            if ours is not None and _find(options, ours[0]) is None:
+                problems.append(f"environment: {variable} is no option{_nearest(options, name)}")
+            elif ours is not None:
+                settings[ours[0], ""] = _Setting(ours[1], "environment")
     return settings
 
 

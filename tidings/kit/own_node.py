@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tidings import __version__
@@ -50,23 +51,27 @@ def cluster_addresses(options: Options) -> list[str]:
     return list(LOOPBACK) if _has_ipv6() else [LOOPBACK[0]]
 
 
-def own_node(options: Options, services: Sequence[str], keys: KeyPair, name: str) -> Node:
-    """This process as it will stand in the table. Raises OptionError for what can't work."""
-    address = options["cluster-address"]
-    if not address:
-        bound = options["bind-address"]
-        if len(bound) == 1:
-            address = bound[0]
-        elif options["cluster-mode"]:
-            address = options["cluster-secondary"] or name
-        else:
-            address = LOOPBACK[0]
-    if options["cluster-mode"]:
-        _check_reachable(options, name, address)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process stands in the cluster. Found out once: every start of its node has the same, also when names
+    resolve no longer, or to something else."""
+
+    name: str
+    address: str
+
+
+def own_place(options: Options, services: Sequence[str]) -> Place:
+    """This process's. Raises OptionError for what can't work."""
+    name = own_name(options, services, alone="registry" in services and "router" in services)
+    return Place(name, own_address(options, name))
+
+
+def own_node(options: Options, services: Sequence[str], keys: KeyPair, place: Place) -> Node:
+    """This process as it will stand in the table."""
     return Node(
-        hostname=name,
+        hostname=place.name,
         secondary=options["cluster-secondary"],
-        address=address,
+        address=place.address,
         port=options["cluster-port"],
         host=options["cluster-host"] or _boot_id(),
         incarnation=secrets.token_hex(8),
@@ -78,6 +83,28 @@ def own_node(options: Options, services: Sequence[str], keys: KeyPair, name: str
         started_unix_ms=int(time.time() * 1000),
         certificate=normalised(keys.certificate),
     )
+
+
+def own_address(options: Options, name: str) -> str:
+    """The address that peers dial. Raises OptionError for one that they could not reach."""
+    bound = _dialled(options)
+    if options["cluster-address"]:
+        address = str(options["cluster-address"])
+    elif len(bound) == 1 or (bound and not options["cluster-mode"]):
+        address = bound[0]
+    elif options["cluster-mode"]:
+        address = options["cluster-secondary"] or name
+    else:
+        address = LOOPBACK[0]
+    if options["cluster-mode"]:
+        _check_reachable(options, name, address)
+    return address
+
+
+def local_address(options: Options) -> str:
+    """Where this machine's processes reach the cluster port."""
+    bound = _dialled(options)
+    return bound[0] if bound else LOOPBACK[0]
 
 
 def own_name(options: Options, services: Sequence[str], alone: bool) -> str:
@@ -100,7 +127,9 @@ def _check_reachable(options: Options, name: str, address: str) -> None:
         return
     try:
         found = {info[4][0] for info in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)}
-    except OSError:
+    except OSError as error:
+        if options["cluster-address"] and error.errno == socket.EAI_AGAIN:
+            return  # no name server answers now: that says nothing against an address that somebody has set
         raise OptionError(
             [f"peers could not find this node: {address} does not resolve; set --cluster-address"]
         ) from None
@@ -111,6 +140,18 @@ def _check_reachable(options: Options, name: str, address: str) -> None:
                 "--cluster-address to an address that they reach"
             ]
         )
+
+
+def _dialled(options: Options) -> list[str]:
+    """The addresses of --bind-address that somebody can dial: 0.0.0.0 and :: stand for all, as none does."""
+    return [str(one) for one in options["bind-address"] if not _is_unspecified(one)]
+
+
+def _is_unspecified(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return False
 
 
 def _is_loopback(address: str) -> bool:

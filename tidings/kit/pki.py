@@ -23,8 +23,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-# The DNS name that every leaf of the cluster port carries beside its URI: gRPC checks no URIs.
+# The DNS names that leaves carry beside their URI, for gRPC checks no URIs: one for each node, which counts where
+# that node's certificate is known, and one for those that may run a registry, which counts where only an authority
+# is known. A client's leaf has neither: it answers nobody.
 NODE_DNS_NAME = "node.tidings.invalid"
+REGISTRY_DNS_NAME = "registry.tidings.invalid"
 URI_NODE = "tidings:node:"
 URI_CLIENT = "tidings:client:"
 
@@ -116,16 +119,20 @@ class CertificateAuthority:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     def issue(self, uri_names: Sequence[str], common_name: str) -> KeyPair:
-        """A leaf with a new key, under these URI names."""
+        """A leaf with a new key, under these URI names. It serves only as what they say."""
         if self._key is None:
             raise PkiError("this authority is known by its certificate alone and signs nothing")
         key = ec.generate_private_key(_CURVE)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
-        builder = _builder(self._certificate.subject, name, key.public_key()).add_extension(
-            x509.SubjectAlternativeName(
-                [*(x509.UniformResourceIdentifier(uri) for uri in uri_names), x509.DNSName(NODE_DNS_NAME)]
-            ),
-            critical=False,
+        answers_to = [x509.DNSName(dns_name) for dns_name in _dns_names(uri_names)]
+        purposes = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if answers_to else [])]
+        builder = (
+            _builder(self._certificate.subject, name, key.public_key())
+            .add_extension(
+                x509.SubjectAlternativeName([*map(x509.UniformResourceIdentifier, uri_names), *answers_to]),
+                critical=False,
+            )
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         )
         return KeyPair(
             builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),
@@ -153,7 +160,7 @@ def _builder(
         digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
         key_agreement=False, key_cert_sign=authority, crl_sign=authority, encipher_only=False, decipher_only=False,
     )  # fmt: skip
-    builder = (
+    return (
         x509.CertificateBuilder()
         .issuer_name(issuer)
         .subject_name(subject)
@@ -164,10 +171,17 @@ def _builder(
         .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
         .add_extension(usage, critical=True)
     )
-    if not authority:
-        both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        builder = builder.add_extension(x509.ExtendedKeyUsage(both), critical=False)
-    return builder
+
+
+def _dns_names(uri_names: Sequence[str]) -> list[str]:
+    """What a leaf with these URI names answers to."""
+    found: list[str] = []
+    for uri in uri_names:
+        if uri.startswith(URI_NODE):
+            services = uri.partition("/")[2]
+            may_be_registry = not services or "registry" in services.split(",")
+            found += [NODE_DNS_NAME, *([REGISTRY_DNS_NAME] if may_be_registry else [])]
+    return found
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

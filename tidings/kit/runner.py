@@ -18,21 +18,25 @@ from enum import Enum
 from typing import Any
 
 from tidings.api.node.v1.node_pb2 import DESCRIPTOR as NODE_DESCRIPTOR
-from tidings.api.node.v1.node_pb2 import DrainRequest, DrainResponse
+from tidings.api.node.v1.node_pb2 import DrainRequest, DrainResponse, ProbeRequest, ProbeResponse
 from tidings.api.node.v1.node_pb2_grpc import NodeServiceServicer, add_NodeServiceServicer_to_server
 from tidings.cluster.node import NodeState
+from tidings.cluster.view import ClusterView
 from tidings.kit.admin import AdminServer
 from tidings.kit.channel import Channels, dial
 from tidings.kit.database_url import DatabaseUrl, database_url
-from tidings.kit.db import Database
+from tidings.kit.db import Database, DatabaseAway
 from tidings.kit.grpc_server import ClusterServer
 from tidings.kit.identity import Caller, Identities
 from tidings.kit.logging import get_logger
-from tidings.kit.membership import Member
+from tidings.kit.membership import Expelled, Member
 from tidings.kit.metrics import Metrics
 from tidings.kit.options import OptionError, Options
-from tidings.kit.own_node import authorities, cluster_addresses, load, own_keys, own_name, own_node
-from tidings.kit.service import Context, Service, ServiceSpec, installed
+from tidings.kit.own_node import Place, authorities, cluster_addresses, load, own_keys, own_node, own_place
+from tidings.kit.pki import REGISTRY_DNS_NAME
+from tidings.kit.ports import PortInUse
+from tidings.kit.probe import probe
+from tidings.kit.service import LAST, Context, Service, ServiceSpec, installed
 from tidings.kit.tasks import Tasks
 
 log = get_logger("server")
@@ -40,6 +44,10 @@ log = get_logger("server")
 # Seconds to wait for a registry before the start is given up.
 JOIN_PATIENCE = 60.0
 FOREVER = 10.0 * 365 * 86400
+# Seconds to wait until the peers reach this node, at its first start: one of them may be dying just now.
+REACH_PATIENCE = 15.0
+# Seconds between two starts while the database or the cluster is out of reach.
+RETRY = 1.0
 # Seconds that others' calls get when the server stops.
 SERVER_GRACE = 0.5
 # Seconds that a service may take to stop.
@@ -54,8 +62,9 @@ class Then(Enum):
 
     STOP = "stop"
     FAIL = "fail"
-    # Another start of the same node, under a new incarnation.
+    # Another start of the same node, under a new incarnation: at once, or when it has drained.
     JOIN_AGAIN = "join again"
+    DRAIN_AND_JOIN_AGAIN = "drain, and join again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,9 @@ class Ending:
 
     reason: str
     then: Then
+
+
+_AFTER = {Expelled.PUT_OUT: Then.JOIN_AGAIN, Expelled.LEAVES: Then.DRAIN_AND_JOIN_AGAIN}
 
 
 class NodeApi(NodeServiceServicer):
@@ -76,13 +88,19 @@ class NodeApi(NodeServiceServicer):
         self._drain(request.asked_by)
         return DrainResponse()
 
+    async def Probe(self, request: ProbeRequest, context: Any) -> ProbeResponse:
+        return ProbeResponse(outcome=(await probe(request.address, request.port)).value)
+
 
 class Process:
     """A running process of services. `start` and `stop` once each."""
 
-    def __init__(self, options: Options, specs: Sequence[ServiceSpec], patience: float = JOIN_PATIENCE) -> None:
+    def __init__(
+        self, options: Options, specs: Sequence[ServiceSpec], place: Place, patience: float = JOIN_PATIENCE
+    ) -> None:
         """`patience`: seconds to wait for a registry that lets this node in."""
         self._options = options
+        self.place = place
         self._patience = patience
         self._specs = list(specs)
         self._undo = AsyncExitStack()
@@ -111,12 +129,10 @@ class Process:
             )
         metrics = Metrics()
         tasks = Tasks(lambda name, error: self.end(f"the task {name!r} died: {error}", Then.FAIL))
-        self._undo.push_async_callback(tasks.stop)
-
         accepted = authorities(options)
-        name = own_name(options, names, alone="registry" in names and "router" in names)
+        name = self.place.name
         keys = own_keys(options, accepted[0], name)
-        node = own_node(options, names, keys, name)
+        node = own_node(options, names, keys, self.place)
         identities = Identities(accepted)
 
         database = Database(database_url(options) if _needs_database(self._specs) else DatabaseUrl("none"))
@@ -131,14 +147,14 @@ class Process:
             lambda: joining,
             tasks,
             load,
-            lambda why: self.end(why, Then.JOIN_AGAIN),
+            lambda why, how: self.end(why, _AFTER[how]),
             peers=lambda: [
                 (peer, channels.to(peer))
                 for peer in member.view.with_service("registry")
                 if peer.incarnation != node.incarnation and peer.state is not NodeState.FAILED
             ],
             lease=options["cluster-lease"],
-            needs_database=_needs_database(self._specs),
+            own_registry="registry" in names,
         )
         server = ClusterServer(
             cluster_addresses(options), options["cluster-port"], keys,
@@ -153,7 +169,7 @@ class Process:
         if "registry" in names:
             joining.append(local)
         for host, port in registries:
-            channel = dial(host, port, roots, keys)
+            channel = dial(host, port, roots, keys, REGISTRY_DNS_NAME)
             self._undo.push_async_callback(channel.close)
             joining.append(channel)
 
@@ -168,6 +184,8 @@ class Process:
         self._member = member
         self._server = server
 
+        # Before what they use is closed.
+        self._undo.push_async_callback(tasks.stop)
         await server.start()
         self._undo.push_async_callback(server.stop, SERVER_GRACE)
         await self._start_admin(metrics)
@@ -179,12 +197,18 @@ class Process:
         await member.join(self._patience)
         self._undo.push_async_callback(member.leave)
         member.on_change(lambda _view: server.view_changed())
-        member.on_change(lambda view: self._close_channels(channels, tasks, {one.incarnation for one in view}))
+        member.on_change(lambda view: self._close_channels(channels, tasks, view))
+        self._waiting_for = "waiting for peers that reach this node"
+        await member.reached(min(self._patience, REACH_PATIENCE) if self._patience != FOREVER else FOREVER)
         for spec_name, service, served in built:
-            if spec_name != "registry":
-                self._waiting_for = f"starting {spec_name}"
-                await self._start_service(spec_name, service)
-                server.open(served)
+            if spec_name == "registry":
+                continue
+            if spec_name == LAST and "router" in names:
+                # Others must know of the router before it has sessions.
+                await member.set_state(NodeState.UP)
+            self._waiting_for = f"starting {spec_name}"
+            await self._start_service(spec_name, service)
+            server.open(served)
         await member.set_state(NodeState.UP)
         await server.set_serving(True)
         self._waiting_for = ""
@@ -215,8 +239,9 @@ class Process:
         await admin.start()
         self._undo.push_async_callback(admin.stop)
 
-    def _close_channels(self, channels: Channels, tasks: Tasks, incarnations: set[str]) -> None:
-        tasks.spawn(channels.keep_only(incarnations), "close channels")
+    def _close_channels(self, channels: Channels, tasks: Tasks, view: ClusterView) -> None:
+        alive = {node.incarnation for node in view if node.state is not NodeState.FAILED}
+        tasks.spawn(channels.keep_only(alive), "close channels")
 
     async def _stop_service(self, name: str, service: Service) -> None:
         try:
@@ -291,10 +316,28 @@ async def serve(options: Options, names: Sequence[str], ready: Any = None) -> in
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
     specs = select(names)
+    place = own_place(options, [spec.name for spec in specs])
     patience = JOIN_PATIENCE
+    deadline = loop.time() + JOIN_PATIENCE
+    waiting = False
     while True:
-        ending = await _serve_once(Process(options, specs, patience), told, ready)
+        try:
+            ending = await _serve_once(Process(options, specs, place, patience), told, ready)
+        except (DatabaseAway, PortInUse) as error:
+            first = patience != FOREVER
+            if first and (isinstance(error, PortInUse) or loop.time() >= deadline):
+                raise
+            if not waiting:
+                waiting = True
+                log.warning("waiting_to_start", reason=str(error))
+            try:
+                async with asyncio.timeout(RETRY):
+                    await told.wait()
+                return 0
+            except TimeoutError:
+                continue
         ready = None
+        waiting = False
         if ending is None or ending.then is Then.STOP:
             return 0
         if ending.then is Then.FAIL:

@@ -11,6 +11,13 @@ from tidings.kit.logging import get_logger
 log = get_logger("server")
 
 
+def is_cancelled() -> bool:
+    """Whether the present task is cancelled, and not only what it waits for: a call ends so, without a word, when its
+    channel is closed."""
+    task = asyncio.current_task()
+    return task is None or bool(task.cancelling())
+
+
 class Tasks:
     """Owns background tasks.
 
@@ -36,6 +43,9 @@ class Tasks:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if task.cancelled():
+            if not task.cancelling():
+                # Nobody has cancelled it, but something that it waited for: a call, by the end of its channel.
+                log.error("task_cancelled", task=task.get_name())
             return
         error = task.exception()
         if error is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pymysql
 
+from tidings.testing.network import Host
 from tidings.testing.server import free_port
 
 START_TIMEOUT = 30.0
@@ -19,8 +20,11 @@ START_TIMEOUT = 30.0
 class MariaDB:
     """One server. Its data live in `folder` and survive `kill` and `restart`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: Host | None = None) -> None:
+        """`host`: where it runs, if not on this machine's loopback."""
         self._folder = folder
+        self._host = host
+        self._address = host.address if host else "127.0.0.1"
         self._data = folder / "data"
         self._socket = folder / "s"
         self.port = free_port("127.0.0.1")
@@ -41,8 +45,9 @@ class MariaDB:
         log = (self._folder / "mariadb.log").open("ab")
         self._process = subprocess.Popen(
             [
+                *(self._host.command() if self._host else ()),
                 "mariadbd", "--no-defaults", f"--datadir={self._data}", f"--socket={self._socket}",
-                f"--port={self.port}", "--bind-address=127.0.0.1", f"--pid-file={self._folder / 'pid'}",
+                f"--port={self.port}", f"--bind-address={self._address}", f"--pid-file={self._folder / 'pid'}",
                 "--innodb-buffer-pool-size=64M", "--max-connections=500", *user,
             ],
             stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -73,16 +78,25 @@ class MariaDB:
         name = f"t{secrets.token_hex(6)}"
         self._execute(
             f"create database {name}",
-            f"create user if not exists '{name}'@'127.0.0.1' identified by '{self._password}'",
-            f"grant all on {name}.* to '{name}'@'127.0.0.1'",
+            f"create user if not exists '{name}'@'%' identified by '{self._password}'",
+            f"grant all on {name}.* to '{name}'@'%'",
         )
-        return f"jdbc:mysql://127.0.0.1:{self.port}/{name}?user={name}&password={self._password}"
+        return f"jdbc:mysql://{self._address}:{self.port}/{name}?user={name}&password={self._password}"
 
     def kill(self) -> None:
         """Ends it as a power cut would end its process."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def hang(self) -> None:
+        """Lets it stand still: it accepts connections, and does not answer."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:

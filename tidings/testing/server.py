@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tidings.kit.channel import dial
 from tidings.kit.options import load
 from tidings.kit.own_node import authorities
 from tidings.kit.pki import URI_CLIENT
+from tidings.testing.network import Host
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
@@ -52,6 +53,10 @@ class Installation:
     strategy: str = ""
     # How many nodes (each with all services) share the database; with several it must be one that can be shared.
     nodes: int = 1
+    # The hosts that the nodes run on, in namespaces of their own; none: all on this machine, by loopback addresses.
+    hosts_of_nodes: Sequence[Host] = ()
+    # What the processes of each node find in their environment beside that of the test.
+    environment_of_nodes: Sequence[Mapping[str, str]] = ()
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,13 +65,16 @@ class Installation:
         self.registry_address = self.address_of(0, "registry")
         # Where clients can connect: one address for each node with a connector.
         self.client_addresses = [self.address_of(node, "connector") for node in range(self.nodes)]
-        self.port = free_port(self.address)
-        self.tls_port = free_port(self.address)
+        here = "127.0.0.1" if self.hosts_of_nodes else self.address
+        self.port = free_port(here)
+        self.tls_port = free_port(here)
         self.cluster_port = free_port("127.0.0.1")
         self.admin_port = free_port("127.0.0.1")
 
     def address_of(self, node: int, service: str) -> str:
         """Where a service of a node listens. Nothing is shared between nodes but the database."""
+        if self.hosts_of_nodes:
+            return self.hosts_of_nodes[node].address
         if self.way == PROCESSES:
             return f"127.0.{node}.{11 + SERVICES.index(service)}"
         return "127.0.0.1" if self.nodes == 1 else f"127.0.0.{11 + node}"
@@ -129,14 +137,18 @@ class Installation:
     def spawn(self, name: str, words: Sequence[str], node: int = 0) -> None:
         admin = f"--admin-port={self.admin_port}" if name == "all" else "--admin-port=0"
         log = (self.folder / f"{name}.log").open("ab")
+        place = self.hosts_of_nodes[node].command() if self.hosts_of_nodes else []
+        arguments = [*words, *self.arguments(node), admin, "--log-format=json"]
         self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "tidings", "run", *words, *self.arguments(node), admin, "--log-format=json"],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=self.environment(),
+            [*place, sys.executable, "-m", "tidings", "run", *arguments],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=self.environment(node),
         )  # fmt: skip
         log.close()
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, node: int = 0) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
+        if self.environment_of_nodes:
+            kept.update(self.environment_of_nodes[node])
         return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
     def wait(self, name: str) -> None:

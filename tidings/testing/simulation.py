@@ -29,8 +29,8 @@ class Session:
     # What it has got: (sender, number); and the last number that it took from each sender, which moves with it.
     got: list[tuple[str, int]] = field(default_factory=list)
     taken: dict[str, int] = field(default_factory=dict)
-    # Frozen for its move: what comes meanwhile.
-    held: list[Item] | None = None
+    # On its way to another router: its client's stanzas wait at the connector.
+    moving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class World:
         for jid, (owner, session) in list(self.table.items()):
             if owner == node.incarnation:
                 del self.table[jid]
-                session.held = None
+                session.moving = False
         if crash:
             router.crashed()
         self.announce()
@@ -136,8 +136,8 @@ class World:
     def say(self, sender: str, to: str) -> None:
         """The session of a sender's full JID writes to a JID."""
         owner, session = self.table[sender]
-        if session.held is not None:
-            return  # it moves; its client's stanzas wait at the connector
+        if session.moving:
+            return
         self.numbers[sender] = number = self.numbers.get(sender, 0) + 1
         message = Message(sender, number, to)
         self.sent.append(message)
@@ -152,6 +152,10 @@ class Router:
         self.own = own
         self.alive = True
         self.here: dict[str, Session] = {}
+        # By full JID: sessions that stand still to be handed over, with what has come for them since; and those that
+        # came from another router (which), with what has come here before that one gives what came there.
+        self.frozen: dict[str, list[Message]] = {}
+        self.early: dict[str, tuple[str, list[Message]]] = {}
         self.strategy = world.factory(own, self)
         self.forwarder = Forwarder(self.strategy, self)
         self.links: dict[str, Link] = {}
@@ -170,8 +174,13 @@ class Router:
         self.forwarder.view_changed(view)
         for node in [node for node in self.links if view.by_incarnation(node) is None]:
             self.links.pop(node).end()
+        for jid, (giver, _) in list(self.early.items()):
+            if view.by_incarnation(giver) is None:
+                self._given(jid, [])
         for session in list(self.here.values()):
             self._place(session)
+
+    # --- sessions that go from router to router ---
 
     def _place(self, session: Session) -> None:
         """A session that belongs elsewhere is handed over."""
@@ -181,28 +190,64 @@ class Router:
         if keeper == self.own and node is not None and node.state is NodeState.DRAINING:
             others = [other for other in view.with_service("router") if other.state is NodeState.UP]
             keeper = others[0].incarnation if others else self.own
-        if keeper != self.own and session.held is None:
-            session.held = []
-            jid = f"{session.account}/{session.resource}"
-            self.world.later(self.world.random.uniform(0.01, 0.5), lambda: self._move(jid, keeper))
+        if keeper != self.own and not session.moving:
+            session.moving = True
+            self._soon(0.5, self._freeze, f"{session.account}/{session.resource}", keeper)
 
-    def _move(self, jid: str, keeper: str) -> None:
-        """The session goes to its keeper, unless that is gone by now."""
-        session = self.here.get(jid)
-        if not self.alive or session is None or self.world.table.get(jid) != (self.own, session):
-            return
+    def _soon(self, longest: float, step: Callable[..., None], jid: str, keeper: str) -> None:
+        """Goes on with a move, if both are still there then."""
+
+        def go_on() -> None:
+            session = self.here.get(jid)
+            if self.alive and session is not None:
+                step(jid, session, keeper)
+
+        self.world.later(self.world.random.uniform(0.01, longest), go_on)
+
+    def _freeze(self, jid: str, session: Session, keeper: str) -> None:
         if self.forwarder.under_way(session.account):
             # What it has sent is dealt with first, so that nothing which it sends from there overtakes.
-            self.world.later(0.05, lambda: self._move(jid, keeper))
-            return
-        held, session.held = session.held or [], None
-        for item in held:
-            self._give(session, item.payload)
+            self._soon(0.05, self._freeze, jid, keeper)
+        else:
+            self.frozen[jid] = []
+            self._soon(0.3, self._adopted, jid, keeper)
+
+    def _adopted(self, jid: str, session: Session, keeper: str) -> None:
+        """The keeper takes the session over, unless it is gone by now; its answer is under way for a while."""
         target = self.world.routers.get(keeper)
-        if target is not None:
-            self.world.table[jid] = (keeper, session)
-            self.close(session)
-            target.open(session)
+        if target is None:
+            session.moving = False
+            for message in self.frozen.pop(jid):
+                self._give(session, message)
+            return
+        self.world.table[jid] = (keeper, session)
+        target.early[jid] = (self.own, [])
+        target.open(session)
+        self._soon(0.3, self._moved, jid, keeper)
+
+    def _moved(self, jid: str, session: Session, keeper: str) -> None:
+        """It is the keeper's, which gets what came here meanwhile."""
+        frozen = self.frozen.pop(jid)
+        self.close(session)
+        note = Item(("", session.account), session.account, "", ("given", (jid, frozen)), Mode.NOTE)
+        taken = self.forwarder.ask((keeper,), note, lambda: None if taken else self._send_on(frozen))
+
+    def _given(self, jid: str, messages: list[Message]) -> bool:
+        """The router that had the session has given all; False when it has ended here."""
+        _, early = self.early.pop(jid, ("", None))
+        if early is None:
+            return False
+        session = self.here[jid]
+        session.moving = False
+        for message in sorted([*messages, *early], key=lambda message: message.number):
+            self._give(session, message)
+        self._place(session)
+        return True
+
+    def _send_on(self, messages: list[Message]) -> None:
+        """What waited for a session that is no more."""
+        for message in messages:
+            self.say(message)
 
     # --- sessions ---
 
@@ -212,13 +257,16 @@ class Router:
         self._place(session)
 
     def close(self, session: Session) -> None:
-        self.here.pop(f"{session.account}/{session.resource}", None)
+        jid = f"{session.account}/{session.resource}"
+        self.here.pop(jid, None)
         self.strategy.session_closed(session.account, session.resource)
+        self._send_on([*self.frozen.pop(jid, ()), *self.early.pop(jid, ("", []))[1]])
 
     def crashed(self) -> None:
         """What it had taken and not given on is lost, and so is what its own sessions had sent through it."""
-        for link in self.links.values():
-            self.world.excused.update((s.item.payload.sender, s.item.payload.number) for s in link.unanswered())
+        waiting = [*self.frozen.values(), *(early for _, early in self.early.values())]
+        waiting += [link.unanswered() for link in self.links.values()]
+        self.world.excused.update((message.sender, message.number) for messages in waiting for message in messages)
         for message in self.world.sent:
             if message.sender in self.here:
                 self.world.excused.add((message.sender, message.number))
@@ -230,13 +278,13 @@ class Router:
         self.forwarder.run(Item((message.sender.partition("/")[0], account), account, resource, message))
 
     def decide(self, item: Item, plan: Plan) -> Pending:
+        if item.mode is Mode.NOTE:
+            item.taken = self._given(*item.payload[1])
+            return None
         message: Message = item.payload
         receivers = self._matching(item)
         for session in receivers:
-            if session.held is not None:
-                session.held.append(item)
-            else:
-                self._give(session, message)
+            self._to_session(session, message)
         if item.mode is Mode.SESSIONS:
             item.taken = bool(receivers)
             return None
@@ -264,6 +312,15 @@ class Router:
             return [match] if match else []
         return [session for session in self.here.values() if session.account == item.account]
 
+    def _to_session(self, session: Session, message: Message) -> None:
+        jid = f"{session.account}/{session.resource}"
+        if jid in self.early:
+            self.early[jid][1].append(message)
+        elif jid in self.frozen:
+            self.frozen[jid].append(message)
+        else:
+            self._give(session, message)
+
     def _give(self, session: Session, message: Message) -> None:
         if message.number <= session.taken.get(message.sender, 0):
             self.world.doubles += 1
@@ -276,7 +333,7 @@ class Router:
     def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
         if item.mode is Mode.STRATEGY:
             self.world.notes += 1
-        else:
+        elif item.mode is not Mode.NOTE:
             name = (item.payload.sender, item.payload.number)
             self.world.hops[name] = self.world.hops.get(name, 0) + 1
             assert self.world.hops[name] <= MOST_HOPS, f"{name} goes round and round"
@@ -284,6 +341,9 @@ class Router:
         if link is None:
             link = self.links[node] = Link(self, node)
         link.send(item, sent, self.forwarder.view.version, refusals_seen)
+
+    def crowded(self, plan: Plan) -> bool:
+        return False
 
     def wait(self, pending: Pending, then: Callable[[], None]) -> None:
         raise AssertionError("nothing here takes time")
@@ -314,8 +374,10 @@ class Link:
         self.answered = 1
         self.over = False
 
-    def unanswered(self) -> list[Sent]:
-        return [sent for sent in self.waiting.values() if isinstance(sent.item.payload, Message)]
+    def unanswered(self) -> list[Message]:
+        """The messages in what it has sent and that was not answered."""
+        payloads = [sent.item.payload for sent in self.waiting.values() if sent.item.mode is not Mode.STRATEGY]
+        return [message for it in payloads for message in ([it] if isinstance(it, Message) else it[1][1])]
 
     def send(self, item: Item, sent: Sent, version: int, seen: int) -> None:
         self.next += 1

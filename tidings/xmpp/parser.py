@@ -60,8 +60,8 @@ class _Halt(Exception):
 class StreamParser:
     """One stream's bytes in, elements out.
 
-    While `halting` is set, `feed` returns after each element and keeps the bytes behind it: the answer to an
-    element may be that a new stream begins there (`restart`). `feed(b"")` goes on.
+    While `halting` is set, `feed` returns after the header and after each element, and keeps the bytes behind it:
+    the answer to an element may be that a new stream begins there (`restart`). `feed(b"")` goes on.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -316,6 +316,8 @@ class StreamParser:
             # 4.8.2: the content namespace of a client's stream; no default at all is the same mistake.
             raise StreamError("invalid-namespace", "the default namespace of a client's stream is jabber:client")
         self._out.append(StreamHeader(attrs))
+        if self.halting and self._last < len(self._data):
+            raise _Halt
 
     def _named(self, name: str) -> str:
         """expat's "namespace name" in our notation."""

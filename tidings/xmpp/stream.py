@@ -56,6 +56,9 @@ class State(Enum):
     CHALLENGED = auto()
     # Authenticated; a new header is due.
     REOPENING = auto()
+    # The header behind authentication was in order; nothing is read until the router has answered: perhaps another
+    # router has to serve the stream, and then what the client sent ahead goes there.
+    REOPENED = auto()
     # Authenticated, with features; a resource is to be bound.
     BINDING = auto()
     # There is a session.
@@ -76,6 +79,7 @@ class Input(Enum):
     FOOTER = auto()
 
     TLS_STARTED = auto()
+    FEATURES = auto()
     CHALLENGE = auto()
     SUCCESS = auto()
     FAILURE = auto()
@@ -102,8 +106,9 @@ TRANSITIONS: dict[tuple[State, Input], State] = {
     (S.CHALLENGED, I.RESPONSE): S.JUDGING,
     (S.CHALLENGED, I.ABORT): S.JUDGING,
     (S.CHALLENGED, I.FOOTER): S.CLOSED,
-    (S.REOPENING, I.HEADER): S.BINDING,
+    (S.REOPENING, I.HEADER): S.REOPENED,
     (S.REOPENING, I.FOOTER): S.CLOSED,
+    (S.REOPENED, I.FEATURES): S.BINDING,
     (S.BINDING, I.STANZA): S.BINDING,
     (S.BINDING, I.NONZA): S.BINDING,
     (S.BINDING, I.BOUND): S.BOUND,
@@ -126,7 +131,7 @@ UNEXPECTED: dict[State, str] = {
 }
 
 # While one of these lasts, bytes wait unread: what they mean depends on what comes of it.
-WAITING = frozenset((S.STARTING_TLS, S.JUDGING))
+WAITING = frozenset((S.STARTING_TLS, S.JUDGING, S.REOPENED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +232,11 @@ class ServerStream:
                 raise StreamError("policy-violation", f"more than {most} bytes before authentication")
         while True:
             if self.state in WAITING:
-                # Kept until the answer is there; bounded by the limit above.
+                # Kept until the answer is there; bounded by the limit above, and later by that of a stanza.
                 parser.keep(data)
+                most = self._config.limits.stanza_bytes
+                if self.authenticated_ and parser.waiting > most > 0:
+                    raise StreamError("policy-violation", f"more than {most} bytes ahead of an answer")
                 return
             for item in self._framing.feed(data):
                 self._take(item, events)
@@ -391,8 +399,11 @@ class ServerStream:
 
     def features(self, children: bytes) -> None:
         """What the stream may do next; STARTTLS is added where it is due."""
-        if self.state is not State.CLOSED:
-            self._send_features(children)
+        if self.state is State.CLOSED:
+            return
+        if self.state is State.REOPENED:
+            self._move(I.FEATURES)
+        self._send_features(children)
 
     def _send_features(self, children: bytes) -> None:
         if self._config.tls_available and not self.tls and not self.authenticated_:

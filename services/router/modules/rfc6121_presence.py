@@ -9,6 +9,7 @@ from services.router.rosters import Rosters
 from services.router.store import Roster, RosterItem
 from services.router.subscription import INBOUND, OUTBOUND, TYPES, State, answered, seen_by_us, sees_us
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.db import DatabaseAway
 from tidings.kit.module import PRESENCE, Module, ModuleSpec, Session, Stanza
 from tidings.xmpp import ns
 from tidings.xmpp.errors import StanzaError
@@ -62,14 +63,22 @@ class _Presence:
     async def _available(self, session: Session, stanza: Stanza) -> bool:
         """4.2 initial presence, 4.4 later presence."""
         priority = _priority(stanza)
+        raw = stanza.raw
+        before = session.presence, session.priority
         initial = session.presence is None
         rises = priority >= 0 and (initial or session.priority < 0)
-        session.presence = stanza.raw
-        session.priority = priority
+        session.presence, session.priority = raw, priority
         account = session.jid.bare
-        roster = await self._rosters.of(account, self._router)
-        self._broadcast(session, roster, stanza.raw, "")
-        self._module.announce_presence(session, stanza.raw, "")
+        try:
+            roster = await self._rosters.of(account, self._router)
+        except DatabaseAway:
+            if session.presence is raw:
+                session.presence, session.priority = before
+            raise
+        if session.presence is not raw:
+            return True  # it has ended meanwhile, and whoever is to know has been told
+        self._broadcast(session, roster, raw, "")
+        self._module.announce_presence(session, raw, "")
         if initial:
             for other in list(self._router.sessions(session.account).values()):
                 if other is not session and other.presence is not None:
@@ -107,11 +116,16 @@ class _Presence:
                 self._route(session.jid, jid, "unavailable", raw)
 
     async def ended(self, session: Session, was_available: bool) -> None:
-        """4.5.2: the server says it for a session that could not."""
-        if was_available or session.directed:
+        """4.5.2: the server says it for a session that could not; called again when the database was away."""
+        successor = self._router.sessions(session.account).get(session.jid.resource)
+        seen = successor is not None and successor.presence is not None
+        if (was_available or session.directed) and not seen:
             roster = await self._rosters.of(session.jid.bare, self._router)
             raw = f"<presence from={quoteattr(str(session.jid))} type='unavailable'/>".encode()
             self._end(session, roster, raw)
+        if not self._router.sessions(session.account):
+            # Not before this, which needs it.
+            self._rosters.forget(session.account)
 
     def _directed(self, session: Session, stanza: Stanza) -> None:
         """4.6: remembered, so that the receiver is told of the end."""

@@ -33,8 +33,7 @@ def load(module: Module) -> None:
     module.stream_feature(lambda _host: b"<ver xmlns='%b'/>" % ns.ROSTER_VERSIONING.encode())
     module.on_iq(QUERY, roster.get, types=("get",), where=(Where.ACCOUNT, Where.SERVER))
     module.on_iq(QUERY, roster.set, types=("set",), where=(Where.ACCOUNT, Where.SERVER))
-    module.on_session_ended(roster.session_ended)
-    module.on_session_left(lambda session: roster.session_ended(session, False))
+    module.on_session_left(roster.session_left)
     module.on_note(roster.noted)
     module.on_account_deleted(roster.account_deleted)
 
@@ -137,7 +136,8 @@ class _Roster:
 
     # --- life ---
 
-    def session_ended(self, session: Session, _was_available: bool) -> None:
+    def session_left(self, session: Session) -> None:
+        """(At the end of a session the module for presence forgets the roster, which it needs till then.)"""
         if not self._router.sessions(session.account):
             self._rosters.forget(session.account)
 

@@ -6,18 +6,24 @@ import asyncio
 import datetime
 import secrets
 import time
+from functools import partial
 from weakref import WeakValueDictionary
 
 from services.router.store import KeptMessage, MessageStore
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.db import DatabaseAway
 from tidings.kit.module import MESSAGE, Module, ModuleSpec, Session, Stanza
 from tidings.xmpp import ns
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stanza import quoteattr
 
-# Messages read at once when a session comes: more would fill its send queue before it reads.
+# Messages given at once to a session that comes: more would fill its send queue before it reads.
 PAGE = 100
+# Seconds between two tries to give a session what could not be given.
+RETRY = 1.0
+# The note of a session: positions of the messages that it had last, and that may wait in the store all the same.
+GIVEN = "offline"
 
 NO_STORE = frozenset((f"{{{ns.HINTS}}}no-store", f"{{{ns.HINTS}}}no-permanent-store"))
 
@@ -27,6 +33,7 @@ def load(module: Module) -> None:
     module.feature(ns.OFFLINE_FEATURE)
     module.on_undelivered(offline.undelivered)
     module.on_session_available(offline.available)
+    module.on_session_attached(offline.attached)
     module.on_account_deleted(offline.account_deleted)
     module.on_note(offline.noted)
 
@@ -39,8 +46,11 @@ class _Offline:
         self._module = module
         self._router = module.router
         self._messages = module.router.store(MessageStore)
-        # One session of an account at a time gets what waits, so that nothing is offered twice.
+        # One session of an account at a time gets what waits, so that it is not spread over several. (Two that come
+        # at the same moment at two routers may share it; each message goes to one of them.)
         self._flushing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Sessions that get it later.
+        self._owed: set[str] = set()
 
     async def undelivered(self, stanza: Stanza) -> bool:
         """3: `normal` and `chat` are kept; what only says that somebody types is not, nor what asks not to be."""
@@ -64,41 +74,96 @@ class _Offline:
             origin=envelope.origin,
             number=envelope.number,
         )
-        # A session may have come while the message was being written, and read before it; here or elsewhere.
-        if await self.noted(account, b"") is None:
-            self._module.tell(str(account), b"")
+        await self._offer(account)
         return True
 
+    async def _offer(self, account: Jid) -> None:
+        """A session may have come while a message was being written, and have read before it; here or elsewhere."""
+        if await self.noted(account, b"") is None:
+            self._module.tell(str(account), b"")
+
     async def noted(self, account: Jid, _note: bytes) -> bytes | None:
-        """A message has been stored: whoever has come meanwhile gets it."""
-        for session in list(self._router.sessions(str(account)).values()):
-            if session.presence is not None and session.priority >= 0:
-                await self._module.announce_available(session)
-                return b""
-        return None
+        """Messages wait: whoever is here gets them."""
+        here = [session for session in self._router.sessions(str(account)).values() if _wants(session)]
+        if not here:
+            return None
+        await self._module.announce_available(next(filter(self._router.is_open, here), here[0]))
+        return b""
+
+    def attached(self, session: Session) -> None:
+        """What was stored while the session was between two routers."""
+        if _wants(session):
+            self._owe(session)
 
     async def available(self, session: Session) -> None:
         """3.1: all that waits, in order, before anything newer."""
+        if not await self._flush(session):
+            self._owe(session)
+
+    def _owe(self, session: Session) -> None:
+        if session.id not in self._owed:
+            self._owed.add(session.id)
+            self._router.in_background(self._flush_later(session), "offline messages")
+
+    async def _flush_later(self, session: Session) -> None:
+        """The database was away, or the session between two routers: tries as long as it is here and wants them."""
+        try:
+            # Who stores a message from here on knows that the session is here.
+            await self._router.known()
+            while _wants(session) and self._router.sessions(session.account).get(session.jid.resource) is session:
+                if self._router.is_open(session) and await self._catch_up(session):
+                    return
+                await asyncio.sleep(RETRY)
+        finally:
+            self._owed.discard(session.id)
+        await self._offer(session.jid.bare)
+
+    async def _catch_up(self, session: Session) -> bool:
+        """Whether nothing waits any more. Nothing newer is held back before it is known that something does."""
+        try:
+            if not await self._messages.pending_count(session.jid.bare):
+                return True
+        except DatabaseAway:
+            return False
+        self._router.hold(session)
+        try:
+            return await self._flush(session)
+        finally:
+            self._router.release(session)
+
+    async def _flush(self, session: Session) -> bool:
+        """Whether the session has got all that waits."""
         lock = self._flushing.get(session.account) or asyncio.Lock()
         self._flushing[session.account] = lock
-        async with lock:
-            await self._flush(session)
+        try:
+            async with lock:
+                taken = PAGE
+                while taken == PAGE:
+                    taken = await self._messages.take(session.jid.bare, PAGE, partial(self._give, session))
+                    if taken:
+                        session.notes.pop(GIVEN, None)
+        except DatabaseAway:
+            return False
+        return self._router.is_open(session)
 
-    async def _flush(self, session: Session) -> None:
-        account = session.jid.bare
-        after = 0
-        while True:
-            page = await self._messages.pending(account, after, PAGE)
-            for kept in page:
-                self._router.deliver(session, _delayed(kept, account))
-            if page:
-                await self._messages.delivered(account, [kept.position for kept in page])
-                after = page[-1].position
-            if len(page) < PAGE:
-                return
+    def _give(self, session: Session, messages: list[KeptMessage]) -> bool:
+        """False when the session can't have them now."""
+        if not self._router.is_open(session):
+            return False
+        had = session.notes.get(GIVEN, b"").split()
+        positions = [b"%d" % kept.position for kept in messages]
+        for kept, position in zip(messages, positions, strict=True):
+            if position not in had:
+                self._router.deliver(session, _delayed(kept, session.jid.bare))
+        session.notes[GIVEN] = b" ".join(positions)
+        return True
 
     async def account_deleted(self, account: Jid) -> None:
         await self._messages.delete_all(account)
+
+
+def _wants(session: Session) -> bool:
+    return session.presence is not None and session.priority >= 0
 
 
 def _delayed(kept: KeptMessage, account: Jid) -> Envelope:

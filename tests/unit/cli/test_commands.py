@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tidings.testing.server import Installation
+from tidings.cluster.view import ClusterView
+from tidings.kit.identity import Identities
+from tidings.kit.pki import CertificateAuthority
+from tidings.testing.mariadb import MariaDB
+from tidings.testing.server import Installation, free_port
 
 
 def tidings(
@@ -99,13 +103,46 @@ ca, key, crt = (open(f"{tmp_path}/{{name}}", "rb").read() for name in ("ca.crt",
 channel = grpc.secure_channel(
     "{installation.registry_address}:{installation.cluster_port}",
     grpc.ssl_channel_credentials(ca, key, crt),
-    options=[("grpc.ssl_target_name_override", "node.tidings.invalid")],
+    options=[("grpc.ssl_target_name_override", "registry.tidings.invalid")],
 )
 for node in RegistryServiceStub(channel).ListNodes(ListNodesRequest(), timeout=10).nodes:
     print(node.hostname, node.address, *node.services)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert "registry" in result.stdout, result.stderr
+
+
+def test_a_certificate_for_a_program_can_be_limited(tmp_path: Path) -> None:
+    assert tidings("cert", "ca", folder=tmp_path).returncode == 0
+    for words in (["all"], ["weather", "component"], ["both", "accounts", "nodes"]):
+        made = tidings("cert", "client", *words, "--ca=.", folder=tmp_path)
+        assert made.returncode == 0, made.stderr
+    identities = Identities([CertificateAuthority.from_file(tmp_path / "cluster-ca.crt")])
+    scopes = {}
+    for name in ("all", "weather", "both"):
+        caller = identities.identify((tmp_path / f"{name}.crt").read_bytes(), ClusterView())
+        assert caller is not None
+        scopes[caller.name] = caller.services
+    assert scopes == {
+        "all": {"accounts", "component", "nodes"},
+        "weather": {"component"},
+        "both": {"accounts", "nodes"},
+    }
+    wrong = tidings("cert", "client", "weather", "root", folder=tmp_path)
+    assert (wrong.returncode, "there are accounts, component, nodes" in wrong.stderr) == (1, True)
+
+
+def test_a_key_is_not_written_into_a_file_that_others_have_open(tmp_path: Path) -> None:
+    key = tmp_path / "backup.key"
+    key.write_text("an old one")
+    key.chmod(0o644)
+    with key.open() as open_before:
+        assert tidings("cert", "client", "backup", folder=tmp_path).returncode == 0
+        assert open_before.read() == "an old one"
+    assert "PRIVATE KEY" in key.read_text()
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "backup.crt").stat().st_mode & 0o777 == 0o644
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.crt", "backup.key", "ca.crt", "data"]
 
 
 def test_a_node_that_is_not_there_is_said_to_be_unreachable(tmp_path: Path) -> None:
@@ -128,6 +165,23 @@ def test_check_finds_what_is_wrong_and_says_what_to_do(tmp_path: Path) -> None:
     assert {"certificate", "database", "names"} <= set(errors)
     assert "--cluster-hostname" in errors["names"]
     assert "password" not in result.stdout
+
+
+@pytest.mark.parametrize("flushing", ["0", "1", "2"])
+def test_check_warns_of_a_database_that_forgets_at_a_power_failure(
+    tmp_path: Path, mariadb: MariaDB, flushing: str
+) -> None:
+    uri = mariadb.create_database()
+    mariadb._execute(f"set global innodb_flush_log_at_trx_commit = {flushing}")
+    try:
+        result = tidings("check", "--user-db=mysql", f"--user-db-uri={uri}", "--json", folder=tmp_path)
+    finally:
+        mariadb._execute("set global innodb_flush_log_at_trx_commit = 1")
+    found = [finding for finding in json.loads(result.stdout) if finding["subject"] == "database"]
+    assert found[0]["verdict"] == "ok"
+    warnings = [finding["text"] for finding in found if finding["verdict"] == "warning"]
+    assert len(warnings) == (flushing != "1")
+    assert all("set innodb_flush_log_at_trx_commit=1" in text for text in warnings)
 
 
 def test_check_is_content_with_a_new_installation(tmp_path: Path) -> None:
@@ -175,7 +229,8 @@ def test_a_port_in_use_names_its_holder(tmp_path: Path) -> None:
         held.listen()
         port = held.getsockname()[1]
         result = tidings(
-            "run", "--bind-address=127.0.0.1", f"--c2s-ports={port}", "--c2s-tls-ports=0", "--cluster-port=0", "--admin-port=0", folder=tmp_path
+            "run", "--bind-address=127.0.0.1", f"--c2s-ports={port}", "--c2s-tls-ports=0",
+            f"--cluster-port={free_port('127.0.0.1')}", "--admin-port=0", folder=tmp_path,
         )  # fmt: skip
     assert result.returncode == 1
     assert f"port {port} of 127.0.0.1 is in use by" in result.stderr
@@ -202,3 +257,16 @@ def test_a_second_start_uses_the_data_of_the_first_and_stops_within_five_seconds
     assert codes == {"all": 0}
     assert (tmp_path / "data" / "admin-password").read_text() == password
     assert "admin_account_made" not in second.log("all")
+
+
+def test_the_node_that_passes_the_order_on_can_be_drained_itself(tmp_path: Path) -> None:
+    running = Installation("in-process", tmp_path)
+    where = [*running.arguments(), f"--bind-address={running.registry_address}"]
+    try:
+        running.start()
+        (node,) = json.loads(tidings("nodes", "--json", *where, folder=tmp_path).stdout)
+        drained = tidings("drain", node["hostname"], *where, folder=tmp_path)
+        assert (drained.returncode, "has left" in drained.stderr) == (0, True), drained.stderr
+        assert running.processes["all"].wait(10) == 0
+    finally:
+        running.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tidings.api.component.v1 import component_pb2
 from tidings.api.connector.v1 import connector_pb2
@@ -13,9 +14,11 @@ from tidings.api.registry.v1 import registry_pb2
 from tidings.api.router.v1 import account_pb2, router_pb2
 from tidings.cluster.node import Node
 from tidings.cluster.view import ClusterView
-from tidings.kit.access import allowed
-from tidings.kit.identity import Caller, Identities
+from tidings.kit.access import ACCESS, allowed
+from tidings.kit.identity import SCOPES, Caller, Identities
 from tidings.kit.pki import (
+    NODE_DNS_NAME,
+    REGISTRY_DNS_NAME,
     CertificateAuthority,
     PkiError,
     certificate_hash,
@@ -36,32 +39,35 @@ CALLERS = {
     "connector": Caller("node", "n", frozenset({"connector"})),
     "pubsub": Caller("node", "n", frozenset({"pubsub"})),
     "joiner": Caller("joiner", "n"),
-    "client": Caller("client", "c"),
+    "client": Caller("client", "c", SCOPES),
+    **{f"client/{scope}": Caller("client", "c", frozenset({scope})) for scope in sorted(SCOPES)},
 }
 ANY_NODE = {"registry", "router", "connector", "pubsub"}
+ANY_CLIENT = {"client", *(f"client/{scope}" for scope in SCOPES)}
 WHO = {
     "RegistryService/Join": {*ANY_NODE, "joiner"},
-    "RegistryService/Beat": ANY_NODE,
-    "RegistryService/Leave": ANY_NODE,
-    "RegistryService/ListNodes": {*ANY_NODE, "joiner", "client"},
-    "RegistryService/WatchNodes": {*ANY_NODE, "joiner", "client"},
+    "RegistryService/Beat": {*ANY_NODE, "joiner"},
+    "RegistryService/Leave": {*ANY_NODE, "joiner"},
+    "RegistryService/ListNodes": {*ANY_NODE, "joiner", *ANY_CLIENT},
+    "RegistryService/WatchNodes": {*ANY_NODE, "joiner", *ANY_CLIENT},
     "RegistryService/ReportUnreachable": ANY_NODE,
-    "RegistryService/ProbeNode": {"registry"},
-    "RegistryService/DrainNode": {"client"},
+    "RegistryService/CheckReached": ANY_NODE,
+    "RegistryService/DrainNode": {"client", "client/nodes"},
     "NodeService/Drain": {"registry"},
+    "NodeService/Probe": {"registry"},
     "RouterService/Attach": {"connector"},
     "RouterService/Forward": {"router"},
     "RouterService/AdoptSession": {"router"},
     "RouterService/EndSession": {"router"},
-    "AccountService/CreateAccount": {"client"},
-    "AccountService/SetPassword": {"client"},
-    "AccountService/DeleteAccount": {"client"},
-    "AccountService/ListAccounts": {"client"},
-    "ConnectorService/ListStreams": {"router", "client"},
-    "ConnectorService/CloseStream": {"router", "client"},
-    "ComponentService/Attach": {*ANY_NODE, "client"},
-    "ComponentService/GetRosterItem": {*ANY_NODE, "client"},
-    "PubsubService/GetServiceInfo": {"client"},
+    "AccountService/CreateAccount": {"client", "client/accounts"},
+    "AccountService/SetPassword": {"client", "client/accounts"},
+    "AccountService/DeleteAccount": {"client", "client/accounts"},
+    "AccountService/ListAccounts": {"client", "client/accounts"},
+    "ConnectorService/ListStreams": {"router", "client", "client/nodes"},
+    "ConnectorService/CloseStream": {"router", "client", "client/nodes"},
+    "ComponentService/Attach": {*ANY_NODE, "client", "client/component"},
+    "ComponentService/GetRosterItem": {*ANY_NODE, "client", "client/component"},
+    "PubsubService/GetServiceInfo": ANY_CLIENT,
 }
 
 
@@ -77,6 +83,11 @@ def test_callers_may_call_what_the_line_says(method: str, caller: str) -> None:
 
 def test_what_has_no_line_is_refused() -> None:
     assert not allowed("tidings.api.future.v1.NewService/Call", CALLERS["client"])
+
+
+def test_what_a_client_may_be_limited_to_stands_in_the_table() -> None:
+    entries = {entry for entries in ACCESS.values() for entry in entries}
+    assert {entry.removeprefix("client:") for entry in entries if entry.startswith("client:")} == SCOPES
 
 
 SECRET = "a secret that is long enough"
@@ -122,10 +133,62 @@ def test_others_are_what_their_uri_name_says_when_an_authority_signed_it() -> No
     client = identities.identify(OURS.issue(["tidings:client:backup"], "x").certificate, view)
     joiner = identities.identify(OURS.issue(["tidings:node:c1/connector"], "x").certificate, view)
     assert client is not None
-    assert (client.kind, client.name) == ("client", "backup")
+    assert (client.kind, client.name, client.services) == ("client", "backup", SCOPES)
     assert joiner is not None
-    assert (joiner.kind, joiner.name, joiner.services) == ("joiner", "c1", {"connector"})
+    assert (joiner.kind, joiner.name, joiner.may_run) == ("joiner", "c1", {"connector"})
     assert identities.identify(OURS.issue(["https://example.org"], "x").certificate, view) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "scopes"),
+    [
+        ("tidings:client:weather/component", {"component"}),
+        ("tidings:client:weather/accounts,nodes", {"accounts", "nodes"}),
+        ("tidings:client:weather/", {""}),
+    ],
+)
+def test_a_client_has_the_scopes_behind_the_slash_alone(uri: str, scopes: set[str]) -> None:
+    caller = Identities([OURS]).identify(OURS.issue([uri], "x").certificate, ClusterView())
+    assert caller is not None
+    assert (caller.kind, caller.name, caller.services) == ("client", "weather", scopes)
+
+
+@pytest.mark.parametrize(
+    ("uri", "signer", "may_run"),
+    [
+        ("tidings:node:n1/router,pubsub", OURS, {"router", "pubsub"}),
+        ("tidings:node:n1", OURS, set()),
+        # Nobody here knows who has signed it: it says no more than its row.
+        ("tidings:node:n1", CertificateAuthority.from_secret("nobody here knows this one"), {"router"}),
+    ],
+)
+def test_a_node_keeps_to_what_its_certificate_lets_it_run(
+    uri: str, signer: CertificateAuthority, may_run: set[str]
+) -> None:
+    leaf = signer.issue([uri], "n1").certificate
+    caller = Identities([OURS]).identify(leaf, row(leaf))
+    assert caller is not None
+    assert (caller.kind, caller.services, caller.may_run) == ("node", {"router"}, may_run)
+
+
+@pytest.mark.parametrize(
+    ("uri", "answers_to"),
+    [
+        ("tidings:node:n1", [NODE_DNS_NAME, REGISTRY_DNS_NAME]),
+        ("tidings:node:n1/registry,router", [NODE_DNS_NAME, REGISTRY_DNS_NAME]),
+        ("tidings:node:c1/connector", [NODE_DNS_NAME]),
+        ("tidings:client:weather", []),
+    ],
+)
+def test_only_what_may_run_a_registry_answers_to_its_name_and_a_client_to_none(
+    uri: str, answers_to: list[str]
+) -> None:
+    leaf = x509.load_pem_x509_certificate(OURS.issue([uri], "x").certificate)
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == answers_to
+    purposes = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert (ExtendedKeyUsageOID.SERVER_AUTH in purposes) == bool(answers_to)
+    assert ExtendedKeyUsageOID.CLIENT_AUTH in purposes
 
 
 def test_a_leaf_that_a_row_s_owner_signs_makes_nobody_somebody() -> None:

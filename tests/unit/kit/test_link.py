@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidings.api.router.v1.router_pb2 import AttachRequest
-from tidings.kit.link import MAX_BYTES, MAX_ENVELOPES, MAX_WAITING, Lane, Outbox, Overflow, in_order
+from tidings.kit.link import (
+    MAX_BYTES,
+    MAX_ENVELOPES,
+    MAX_UNCONFIRMED,
+    MAX_WAITING,
+    MAX_WAITING_BYTES,
+    Lane,
+    Outbox,
+    Overflow,
+    in_order,
+)
 from tidings.kit.tasks import Tasks
 
 
@@ -63,12 +73,68 @@ async def test_a_peer_that_takes_nothing_overflows_and_congestion_is_told_before
             added += 1
             if outbox.congested and not congested_at:
                 congested_at = added
-    assert added == MAX_WAITING + 1
-    assert MAX_WAITING // 2 < congested_at < MAX_WAITING
+    most = MAX_WAITING_BYTES // MAX_BYTES
+    assert added == most + 1
+    assert most // 2 < congested_at < most
     relieved = []
     outbox.on_relief = lambda: relieved.append(outbox.congested)
     await sent_by(outbox, added)
     assert relieved == [False], "told once, when it is over"
+
+
+async def test_a_peer_that_takes_no_small_batches_overflows_too() -> None:
+    outbox = Outbox(AttachRequest, 0)
+    with pytest.raises(Overflow):
+        for _ in range((MAX_WAITING + 2) * MAX_ENVELOPES):
+            outbox.begin(1).add()
+    unbounded = Outbox(AttachRequest, 0, bounded=False)
+    for _ in range((MAX_WAITING + 2) * MAX_ENVELOPES):
+        unbounded.begin(1).add()
+
+
+async def test_a_batch_says_safe_only_of_what_was_dealt_with_when_it_was_full() -> None:
+    """The answers to what is dealt with later stand in later batches: a peer that reads "safe" takes what has no
+    answer for taken."""
+    outbox = Outbox(AttachRequest, 0, resumable=True)
+    outbox.safe = 1
+    for _ in range(MAX_ENVELOPES + 1):
+        outbox.begin(1).add()
+    outbox.safe = 2
+    first, second = await sent_by(outbox, MAX_ENVELOPES + 1)
+    assert (first.safe_through, second.safe_through) == (1, 2)
+    outbox.safe = 3
+    outbox.resume(0)
+    again = await sent_by(outbox, MAX_ENVELOPES + 1)
+    assert [batch.safe_through for batch in again] == [1, 2]
+
+
+async def test_two_peers_whose_windows_are_full_confirm_each_other_nevertheless() -> None:
+    ends = [Outbox(AttachRequest, 0, resumable=True) for _ in range(2)]
+    got: list[list[int]] = [[], []]
+    tasks = Tasks()
+
+    def wire(to: int) -> Any:
+        async def write(batch: AttachRequest) -> None:
+            other = ends[to]
+            other.confirmed(batch.received_through)
+            if batch.sequence and other.take(batch.sequence):
+                got[to] += [envelope.number for envelope in batch.envelopes]
+                other.confirm_soon()
+
+        return write
+
+    count = MAX_UNCONFIRMED + 20
+    for outbox in ends:
+        for number in range(count):
+            outbox.begin(1).add(number=number)
+            outbox._close()
+    for number, outbox in enumerate(ends):
+        tasks.spawn(outbox.run(wire(1 - number)), f"end {number}")
+    async with asyncio.timeout(10):
+        while [len(one) for one in got] != [count, count]:
+            await asyncio.sleep(0.01)
+    await tasks.stop()
+    assert got == [list(range(count))] * 2
 
 
 async def test_a_busy_link_sends_at_most_one_batch_an_interval() -> None:
@@ -161,6 +227,23 @@ async def test_a_lane_runs_at_once_and_lets_later_steps_wait_in_order() -> None:
     assert done == [1, "slow", 2, "slow", 3]
     lane.run(step, 4)
     assert done[-1] == 4
+    await tasks.stop()
+
+
+async def test_a_step_that_breaks_does_not_hold_up_those_behind_it() -> None:
+    tasks = Tasks()
+    lane = Lane(tasks.spawn)
+    done: list[int] = []
+
+    async def broken() -> None:
+        raise RuntimeError("nobody has foreseen this")
+
+    lane.run(lambda: broken())
+    lane.run(done.append, 1)
+    lane.run(lambda: broken())
+    lane.run(done.append, 2)
+    await asyncio.wait_for(lane.idle(), 5)
+    assert done == [1, 2]
     await tasks.stop()
 
 

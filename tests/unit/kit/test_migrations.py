@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from tidings.kit import migrations
 from tidings.kit.database_url import DatabaseUrl
 from tidings.kit.db import Database, DatabaseAway
-from tidings.kit.migrations import migrate
+from tidings.kit.migrations import MigrationError, migrate
 
 
 async def tables(database: Database) -> set[str]:
@@ -53,6 +53,47 @@ async def test_the_lease_of_a_dead_holder_is_taken_over(database: Database, monk
     assert "accounts" in await tables(database)
     async with database.read() as connection:
         assert (await connection.execute(sa.select(migrations._leases))).all() == []
+
+
+async def test_tables_of_a_newer_release_are_left_as_they_are(database: Database) -> None:
+    """Both run side by side while a cluster is brought up to date: nodes of the older one must be able to start."""
+    await migrate(database, "router", "services.router:migrations")
+    async with database.write() as connection:
+        await connection.execute(sa.text("update alembic_version_router set version_num = 'r9999'"))
+    await migrate(database, "router", "services.router:migrations")
+    async with database.read() as connection:
+        versions = (await connection.execute(sa.text("select version_num from alembic_version_router"))).all()
+    assert len(versions) == 1
+    assert versions[0][0] in ("r9999", b"r9999")
+
+
+async def test_an_older_release_waits_until_a_newer_one_has_migrated(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "LOOK", 0.02)
+    await migrations._make_lease_table(database)
+    async with database.write() as connection:
+        await connection.execute(migrations._leases.insert().values(service="router", holder="newer", beat=0))
+        await connection.execute(sa.text("create table alembic_version_router (version_num varchar(32) not null)"))
+    waiting = asyncio.get_running_loop().create_task(migrate(database, "router", "services.router:migrations"))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    async with database.write() as connection:
+        await connection.execute(sa.text("insert into alembic_version_router values ('r9999')"))
+    await asyncio.wait_for(waiting, 5)
+    assert "accounts" not in await tables(database)
+
+
+async def test_who_may_not_make_tables_is_told_so_at_once(mariadb) -> None:  # type: ignore[no-untyped-def]
+    from tidings.kit.database_url import parse
+
+    url = parse(mariadb.create_database())
+    mariadb._execute(f"revoke create on {url.database}.* from '{url.user}'@'%'")
+    refused = Database(url)
+    await refused.start()
+    with pytest.raises(MigrationError, match="can't make tables in this database"):
+        await migrate(refused, "router", "services.router:migrations")
+    await refused.stop()
 
 
 async def test_a_database_that_is_not_there_is_away() -> None:

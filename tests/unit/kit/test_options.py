@@ -118,6 +118,9 @@ def test_secrets_come_from_files_and_are_never_shown(tmp_path: Path) -> None:
         ("mysql://u:p%40x@h/d", (("h", 3306),), "u", "p@x"),
         ("jdbc:mysql://[::1]:3306/d?user=u", (("::1", 3306),), "u", ""),
         ("mysql+aiomysql://u@h:1/d", (("h", 1),), "u", ""),
+        ("jdbc:mysql://h/d?user=u&password=p#q", (("h", 3306),), "u", "p#q"),
+        ("mysql://u:p#q@h/d", (("h", 3306),), "u", "p#q"),
+        ("mysql://u:p%23q@h/d", (("h", 3306),), "u", "p#q"),
     ],
 )
 def test_notations_of_a_database(text: str, hosts: object, user: str, password: str) -> None:

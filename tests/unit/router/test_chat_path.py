@@ -32,6 +32,10 @@ class Link:
         self.written.append((str(session.jid), envelope.stanza))
 
 
+async def no_newer_view(_timeout: float) -> bool:
+    return False
+
+
 def test_a_chat_message_passes_without_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_tree(*_: object) -> None:
         raise AssertionError("a tree was built")
@@ -48,7 +52,18 @@ def test_a_chat_message_passes_without_a_tree(monkeypatch: pytest.MonkeyPatch) -
 
     components = component_links.ComponentLinks(hosts, lambda _: ())
     links: Any = None  # there is no other router
-    routes = Routing(hosts, known, Hooks(), MemoryAccountStore(), components, MemorySessionTable(), links, spawn)
+    routes = Routing(
+        hosts,
+        known,
+        Hooks(),
+        MemoryAccountStore(),
+        components,
+        MemorySessionTable(),
+        links,
+        "r1",
+        no_newer_view,
+        spawn,
+    )
     strategy = Home("r1", StrategyContext(routes, known))
     routes.start(strategy, Forwarder(strategy, routes))
     romeo, juliet = (

@@ -1,12 +1,25 @@
-"""A connector in another process is not believed (DESIGN 3)."""
+"""A connector in another process is not believed (DESIGN 3), and one client's stream is no other one's trouble."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
 import pytest
 
-from services.router.connector_link import _verified
+from services.router import module_loader
+from services.router.connector_link import ConnectorLink, _verified
+from services.router.negotiation import Negotiation, Negotiator
+from services.router.sessions import Session
+from tests.unit.router.memory_router import HOST, MemoryRouter, iq, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.kit.module import IQ, MESSAGE
+from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamEvent
+from tidings.kit import link as link_kit
+from tidings.kit.db import DatabaseAway
+from tidings.kit.link import Lane, Outbox
+from tidings.kit.module import IQ, MESSAGE, NONZA
+from tidings.xmpp.jid import Jid
 
 JID = "romeo@example.org/orchard"
 GOOD = (
@@ -38,3 +51,170 @@ def test_routing_fields_come_from_the_bytes() -> None:
 def test_what_is_not_one_stanza_of_the_session_is_refused(raw: bytes) -> None:
     assert not _verified(Envelope(stanza=raw), JID)
     assert _verified(Envelope(stanza=GOOD), JID), "the next one is not harmed"
+
+
+def test_before_there_is_a_session_an_element_that_is_no_stanza_is_told_apart() -> None:
+    envelope = Envelope(kind=IQ, stanza=b"<failure xmlns='urn:ietf:params:xml:ns:xmpp-sasl' type='get'/>")
+    assert _verified(envelope, None)
+    assert envelope.kind == NONZA
+
+
+# --- a link with streams ---
+
+
+class Attached:
+    """A router, and one connector's link to it."""
+
+    def __init__(self) -> None:
+        self.router = MemoryRouter()
+        nobody: Any = None
+        self.negotiator = Negotiator(
+            self.router.routing, self.router.sessions, self.router.hooks, authentication=nobody,
+            accounts=self.router.stores.accounts, binding=nobody, hand_over=nobody, adoption=nobody, tickets=nobody,
+            spawn=self.router.tasks.spawn,
+        )  # fmt: skip
+        self.outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0)
+        self.cut_off = 0
+        self.link = ConnectorLink(
+            self.negotiator, self.outbox, "c1", "c1", True, self.router.tasks.spawn, self._cut_off
+        )
+
+    def _cut_off(self) -> None:
+        self.cut_off += 1
+
+    async def bound(self, local: str) -> tuple[Negotiation, Session]:
+        session = await self.router.session(local)
+        session.link = self.link
+        stream = Negotiation(self.link, session.stream, Lane(self.router.tasks.spawn))
+        stream.session = session
+        self.link._streams[session.stream] = stream
+        self.link.bound(session, b"")
+        return stream, session
+
+    def closes(self) -> list[tuple[int, str]]:
+        """Which streams were closed, and why."""
+        return [
+            (command.stream, command.close.condition)
+            for command in self.outbox.batch.commands
+            if command.WhichOneof("command") == "close"
+        ]
+
+    def stanzas(self, session: Session) -> list[bytes]:
+        return [envelope.stanza for envelope in self.outbox.batch.envelopes if envelope.target == session.id]
+
+    def ahead(self, stream: Negotiation, kind: int, raw: str, to: str = "") -> None:
+        """What a client has sent before it could know that it is bound."""
+        event = StreamEvent(stream=stream.number)
+        event.stanza.kind = kind  # type: ignore[assignment]
+        event.stanza.stanza = raw.encode()
+        event.stanza.to_jid = to
+        event.stanza.type = "get"
+        event.stanza.id = "1"
+        event.stanza.children.append("{x}q")
+        self.link.receive(AttachRequest(events=[event]))
+
+
+@pytest.fixture
+async def attached() -> AsyncIterator[Attached]:
+    made = Attached()
+    yield made
+    await made.router.stop()
+
+
+@pytest.mark.parametrize("to", ["", f"juliet@{HOST}/r"])
+async def test_an_element_that_is_no_stanza_closes_its_stream_and_reaches_nobody(attached: Attached, to: str) -> None:
+    """RFC 6120 4.9.3.24."""
+    stream, _ = await attached.bound("romeo")
+    _, juliet = await attached.bound("juliet")
+    attached.ahead(stream, NONZA, "<x xmlns='a' type='get' id='1'/>", to)
+    assert attached.closes() == [(stream.number, "unsupported-stanza-type")]
+    assert attached.stanzas(juliet) == []
+
+
+@pytest.mark.parametrize("claimed", [f"juliet@{HOST}", f"romeo@{HOST}/other", "@", ""])
+async def test_what_was_sent_ahead_speaks_for_nobody_else(attached: Attached, claimed: str) -> None:
+    """RFC 6120 8.1.2.1: the connector could not check it yet."""
+    stream, _ = await attached.bound("romeo")
+    _, juliet = await attached.bound("juliet")
+    attached.ahead(stream, IQ, f"<iq type='get' id='1' from='{claimed}'><q xmlns='x'/></iq>", juliet.jid_text)
+    assert attached.closes() == [(stream.number, "invalid-from")]
+    assert attached.stanzas(juliet) == []
+
+
+@pytest.mark.parametrize("claimed", ["", f" from='romeo@{HOST}'", f" from='romeo@{HOST}/r'"])
+async def test_what_was_sent_ahead_is_stamped_and_goes_in_its_sessions_order(
+    attached: Attached, claimed: str
+) -> None:
+    stream, romeo = await attached.bound("romeo")
+    _, juliet = await attached.bound("juliet")
+    romeo.lane.hold(asyncio.sleep(0))
+    attached.ahead(stream, IQ, f"<iq type='get' id='1'{claimed}><q xmlns='x'/></iq>", juliet.jid_text)
+    assert attached.stanzas(juliet) == []
+    await romeo.lane.idle()
+    (raw,) = attached.stanzas(juliet)
+    assert f'from="{romeo.jid_text}"'.encode() in raw or f"from='{romeo.jid_text}'".encode() in raw
+    assert raw.count(b"from=") == 1
+
+
+async def test_an_exception_costs_one_stream_and_not_the_link(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, romeo = await attached.bound("romeo")
+    _, juliet = await attached.bound("juliet")
+    from_session = attached.router.routing.from_session
+
+    def breaks(session: Session, envelope: Envelope) -> Any:
+        if session is romeo:
+            raise RuntimeError("not foreseen")
+        return from_session(session, envelope)
+
+    monkeypatch.setattr(attached.router.routing, "from_session", breaks)
+    first, second = iq("get", "1", juliet.jid_text, "{x}q"), iq("get", "2", romeo.jid_text, "{x}q")
+    first.origin, second.origin = romeo.id, juliet.id
+    attached.link.receive(AttachRequest(envelopes=[first, second]))
+    assert attached.closes() == [(romeo.stream, "internal-server-error")]
+    assert len(attached.stanzas(romeo)) == 1, "what came behind it was worked off"
+
+
+async def test_a_connector_that_does_not_read_is_cut_off_and_nobody_else_notices(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands come from tasks that belong to the process: an exception of theirs would end it."""
+    monkeypatch.setattr(link_kit, "MAX_WAITING", 1)
+    _, romeo = await attached.bound("romeo")
+    for _ in range(3 * link_kit.MAX_ENVELOPES):
+        attached.link.command(romeo.stream).set_reading.reading = True
+    assert attached.cut_off > 0
+
+
+async def test_a_session_is_known_to_be_closed_before_its_end_is_worked_off(attached: Attached) -> None:
+    stream, romeo = await attached.bound("romeo")
+    romeo.lane.hold(asyncio.sleep(0))
+    closed = StreamEvent(stream=stream.number)
+    closed.closed.clean = True
+    attached.link.receive(AttachRequest(events=[closed]))
+    assert romeo.closed
+    assert not attached.router.for_modules.is_open(romeo)
+
+
+async def test_an_account_is_deleted_also_when_the_database_was_away(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task that does it belongs to the process: an exception of its own would end it."""
+    monkeypatch.setattr(module_loader, "RETRY", 0.01)
+    router = attached.router
+    away = [True, True]
+
+    def account_deleted(_account: Jid) -> None:
+        if away:
+            away.pop()
+            raise DatabaseAway("for this test")
+
+    router.hooks.account_deleted.append(account_deleted)
+    await router.stores.accounts.create(HOST, "romeo", {})
+    negotiator: Any = attached.negotiator
+    router.for_modules._negotiator = negotiator
+    router.for_modules.delete_account(Jid("romeo", HOST, ""))
+    await until(lambda: not len(router.tasks))
+    assert not away
+    assert not await router.stores.accounts.exists(HOST, "romeo")

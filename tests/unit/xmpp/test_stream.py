@@ -56,6 +56,9 @@ def led_to(state: State) -> ServerStream:
     if state is State.REOPENING:
         return stream
     stream.receive_data(HEADER)
+    if state is State.REOPENED:
+        return stream
+    stream.features(b"")
     if state is State.BINDING:
         return stream
     stream.receive_data(BIND)
@@ -155,8 +158,30 @@ def test_what_comes_ahead_of_an_answer_waits_for_it() -> None:
     assert len(stream.receive_data(AUTH + HEADER)) == 1
     assert stream.receive_data(BIND) == []
     stream.authenticated(None)
-    events = stream.resume()
-    assert [type(event) for event in events] == [StreamOpened, StanzaReceived]
+    assert [type(event) for event in stream.resume()] == [StreamOpened]
+    assert stream.receive_data(SENT[Input.STANZA]) == []
+    assert stream.resume() == []
+    stream.features(b"<bind/>")
+    assert [type(event) for event in stream.resume()] == [StanzaReceived, StanzaReceived]
+
+
+def test_what_comes_with_the_header_behind_authentication_waits_for_its_features() -> None:
+    """Another router may have to serve the stream: then that one gets it."""
+    stream = led_to(State.REOPENING)
+    assert [type(event) for event in stream.receive_data(HEADER + BIND + SENT[Input.STANZA])] == [StreamOpened]
+    stream.features(b"<bind/>")
+    assert [event.element.attrs["id"] for event in stream.resume()] == ["b", "1"]  # type: ignore[union-attr]
+
+
+def test_what_comes_ahead_of_the_features_is_bounded() -> None:
+    stream = led_to(State.REOPENED)
+    piece = b"<iq type='set' id='x'>" + b"x" * 100_000
+    assert stream.receive_data(piece) == []
+    assert stream.receive_data(piece) == []
+    (ended,) = stream.receive_data(piece)
+    assert isinstance(ended, StreamEnded)
+    assert ended.error is not None
+    assert ended.error.condition == "policy-violation"
 
 
 def test_what_comes_behind_starttls_is_dropped() -> None:

@@ -1,14 +1,17 @@
 """`online-users`: every router knows every session of the cluster.
 
 A stanza costs a copy to each router that has a session of the account, and nothing where nobody is there; a
-log-in costs a note to every other router. Notes are lines of text: `+` or `-` and a full JID; a note that
-begins with `=` is all that its sender has, and replaces what was known of it.
+log-in costs a note to every other router. Notes are lines of text: `+` or `-` and a full JID; a line `=` says
+that what was known of its sender is no longer true, and that all it has follows.
 """
 
 from __future__ import annotations
 
 from tidings.cluster.strategy import HERE, Context, Plan
 from tidings.cluster.view import ClusterView
+
+# Sessions in one note, when a router comes that has to be told of all: a note is to fit into a batch.
+AT_ONCE = 500
 
 
 class OnlineUsers:
@@ -20,6 +23,8 @@ class OnlineUsers:
         self._others: set[str] = set()
         # Routers by resource by account: where each session is. Several in the moment of a conflict or a move.
         self._where: dict[str, dict[str, set[str]]] = {}
+        # The same by router.
+        self._sessions: dict[str, set[tuple[str, str]]] = {}
 
     def view_changed(self, view: ClusterView) -> None:
         now = {node.incarnation for node in view.with_router_sessions()} - {self._own}
@@ -27,9 +32,11 @@ class OnlineUsers:
             self._forget(gone)
         come, self._others = now - self._others, now
         if come:
-            everything = "\n".join(("=", *self._context.sessions())).encode()
-            for node in sorted(come):
-                self._context.tell(node, everything)
+            lines = ["=", *(f"+{jid}" for jid in self._context.sessions())]
+            for start in range(0, len(lines), AT_ONCE):
+                note = "\n".join(lines[start : start + AT_ONCE]).encode()
+                for node in sorted(come):
+                    self._context.tell(node, note)
 
     def session_opened(self, account: str, resource: str) -> None:
         self._add(self._own, account, resource)
@@ -46,13 +53,10 @@ class OnlineUsers:
     def noted(self, node: str, note: bytes) -> None:
         if node not in self._others:
             return  # it has gone, or we shall tell each other all when the view shows it
-        first, *lines = note.decode(errors="replace").split("\n")
-        if first == "=":
-            self._forget(node)
-            lines = [f"+{line}" for line in lines]
-        else:
-            lines.insert(0, first)
-        for line in lines:
+        for line in note.decode(errors="replace").split("\n"):
+            if line == "=":
+                self._forget(node)
+                continue
             account, slash, resource = line[1:].partition("/")
             if slash and line[0] == "+":
                 self._add(node, account, resource)
@@ -77,10 +81,12 @@ class OnlineUsers:
 
     def _add(self, node: str, account: str, resource: str) -> None:
         self._where.setdefault(account, {}).setdefault(resource, set()).add(node)
+        self._sessions.setdefault(node, set()).add((account, resource))
 
     def _remove(self, node: str, account: str, resource: str) -> None:
         resources = self._where.get(account, {})
         nodes = resources.get(resource)
+        self._sessions.get(node, set()).discard((account, resource))
         if nodes is None:
             return
         nodes.discard(node)
@@ -90,6 +96,5 @@ class OnlineUsers:
                 del self._where[account]
 
     def _forget(self, node: str) -> None:
-        for account, resources in list(self._where.items()):
-            for resource in list(resources):
-                self._remove(node, account, resource)
+        for account, resource in self._sessions.pop(node, set()).copy():
+            self._remove(node, account, resource)

@@ -39,7 +39,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_STRATEGY_DIFFERS: _ErrorReason.ValueType  # 6
     """The cluster's routers use another strategy. FAILED_PRECONDITION."""
     ERROR_REASON_PROTOCOL_DIFFERS: _ErrorReason.ValueType  # 7
-    """The protocol levels of caller and cluster have nothing in common. FAILED_PRECONDITION."""
+    """The protocol levels of caller and cluster are more than one apart. FAILED_PRECONDITION."""
     ERROR_REASON_DATABASE_AWAY: _ErrorReason.ValueType  # 8
     """The database does not answer; the call may be repeated. UNAVAILABLE."""
     ERROR_REASON_NOT_FOUND: _ErrorReason.ValueType  # 9
@@ -69,7 +69,7 @@ ERROR_REASON_VIRTUAL_HOSTS_DIFFER: ErrorReason.ValueType  # 5
 ERROR_REASON_STRATEGY_DIFFERS: ErrorReason.ValueType  # 6
 """The cluster's routers use another strategy. FAILED_PRECONDITION."""
 ERROR_REASON_PROTOCOL_DIFFERS: ErrorReason.ValueType  # 7
-"""The protocol levels of caller and cluster have nothing in common. FAILED_PRECONDITION."""
+"""The protocol levels of caller and cluster are more than one apart. FAILED_PRECONDITION."""
 ERROR_REASON_DATABASE_AWAY: ErrorReason.ValueType  # 8
 """The database does not answer; the call may be repeated. UNAVAILABLE."""
 ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 9

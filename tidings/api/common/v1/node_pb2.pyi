@@ -27,7 +27,9 @@ class _NodeStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     NODE_STATE_UNSPECIFIED: _NodeState.ValueType  # 0
     NODE_STATE_JOINING: _NodeState.ValueType  # 1
-    """It has a row and prepares to serve; nothing is sent to it yet."""
+    """It has a row and prepares to serve, or waits until its peers reach it; it has no sessions, and nothing is
+    sent to it yet.
+    """
     NODE_STATE_UP: _NodeState.ValueType  # 2
     """It serves."""
     NODE_STATE_SUSPECT: _NodeState.ValueType  # 3
@@ -37,11 +39,14 @@ class _NodeStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     NODE_STATE_DRAINING: _NodeState.ValueType  # 5
     """It takes nothing new and hands over what it has."""
 
-class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper): ...
+class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
+    """A state that the reader does not know it takes for SUSPECT."""
 
 NODE_STATE_UNSPECIFIED: NodeState.ValueType  # 0
 NODE_STATE_JOINING: NodeState.ValueType  # 1
-"""It has a row and prepares to serve; nothing is sent to it yet."""
+"""It has a row and prepares to serve, or waits until its peers reach it; it has no sessions, and nothing is
+sent to it yet.
+"""
 NODE_STATE_UP: NodeState.ValueType  # 2
 """It serves."""
 NODE_STATE_SUSPECT: NodeState.ValueType  # 3
@@ -78,8 +83,10 @@ class Node(google.protobuf.message.Message):
     CPU_USAGE_FIELD_NUMBER: builtins.int
     MEM_USAGE_FIELD_NUMBER: builtins.int
     CERTIFICATE_FIELD_NUMBER: builtins.int
+    UNREACHABLE_FIELD_NUMBER: builtins.int
+    JOINED_VERSION_FIELD_NUMBER: builtins.int
     hostname: builtins.str
-    """The node's name, unique in the cluster among live nodes (--cluster-hostname)."""
+    """The node's name, unique in the cluster among live nodes (--cluster-hostname): a host name, without case."""
     secondary: builtins.str
     """A second name under which peers may dial it (--cluster-secondary). May be empty."""
     address: builtins.str
@@ -89,7 +96,9 @@ class Node(google.protobuf.message.Message):
     host: builtins.str
     """The machine: equal for all nodes that fall together with it (--cluster-host)."""
     incarnation: builtins.str
-    """The id of this start of the node. A restarted node has the same name and a new incarnation."""
+    """The id of this start of the node, unique in the cluster. A restarted node has the same name and a new
+    incarnation.
+    """
     beat: builtins.int
     """Raised by the node itself while it lives; a beat that stands still for a lease means trouble.
     Not a time: no two clocks are compared.
@@ -98,7 +107,9 @@ class Node(google.protobuf.message.Message):
     version: builtins.str
     """The release, as `tidings version` prints it. For people."""
     protocol: builtins.int
-    """The level of the wire protocol that it speaks; new behaviour waits until the whole view has it."""
+    """The level of the wire protocol that it speaks; new behaviour waits until the whole view has it. Levels that
+    follow each other run side by side.
+    """
     strategy: builtins.str
     """The strategy that its router applies; empty on nodes without a router."""
     started_unix_ms: builtins.int
@@ -109,6 +120,8 @@ class Node(google.protobuf.message.Message):
     mem_usage: builtins.float
     certificate: builtins.str
     """The certificate that it shows on the cluster port (PEM). Who dials it trusts this one alone."""
+    joined_version: builtins.int
+    """The version of the view with which it joined."""
     @property
     def services(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """What runs in it: "connector", "router", "registry", "pubsub" or a component service's name. Sorted."""
@@ -116,6 +129,10 @@ class Node(google.protobuf.message.Message):
     @property
     def virtual_hosts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The virtual hosts that it serves, sorted. All nodes of a cluster serve the same ones."""
+
+    @property
+    def unreachable(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Incarnations of nodes that a link of its own does not reach, as its last beat said."""
 
     def __init__(
         self,
@@ -138,7 +155,9 @@ class Node(google.protobuf.message.Message):
         cpu_usage: builtins.float = ...,
         mem_usage: builtins.float = ...,
         certificate: builtins.str = ...,
+        unreachable: collections.abc.Iterable[builtins.str] | None = ...,
+        joined_version: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "beat", b"beat", "certificate", b"certificate", "cpu_usage", b"cpu_usage", "host", b"host", "hostname", b"hostname", "incarnation", b"incarnation", "last_update_unix_ms", b"last_update_unix_ms", "mem_usage", b"mem_usage", "port", b"port", "protocol", b"protocol", "secondary", b"secondary", "services", b"services", "started_unix_ms", b"started_unix_ms", "state", b"state", "strategy", b"strategy", "version", b"version", "virtual_hosts", b"virtual_hosts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "beat", b"beat", "certificate", b"certificate", "cpu_usage", b"cpu_usage", "host", b"host", "hostname", b"hostname", "incarnation", b"incarnation", "joined_version", b"joined_version", "last_update_unix_ms", b"last_update_unix_ms", "mem_usage", b"mem_usage", "port", b"port", "protocol", b"protocol", "secondary", b"secondary", "services", b"services", "started_unix_ms", b"started_unix_ms", "state", b"state", "strategy", b"strategy", "unreachable", b"unreachable", "version", b"version", "virtual_hosts", b"virtual_hosts"]) -> None: ...
 
 global___Node = Node

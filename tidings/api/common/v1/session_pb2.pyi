@@ -37,6 +37,22 @@ class SessionRecord(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class NotesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     CHANGE_FIELD_NUMBER: builtins.int
@@ -55,6 +71,7 @@ class SessionRecord(google.protobuf.message.Message):
     COPY_INCARNATIONS_FIELD_NUMBER: builtins.int
     NUMBER_FIELD_NUMBER: builtins.int
     ASKED_FIELD_NUMBER: builtins.int
+    NOTES_FIELD_NUMBER: builtins.int
     BOSH_FIELD_NUMBER: builtins.int
     id: builtins.str
     """128 random bits, URL-safe base64: unguessable, for it is also what resumption asks for."""
@@ -104,6 +121,10 @@ class SessionRecord(google.protobuf.message.Message):
         """IQ requests of the session that wait for an answer."""
 
     @property
+    def notes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """What the router's modules keep with it, by keys of their own."""
+
+    @property
     def bosh(self) -> global___BoshWindow:
         """XEP-0124: what a BOSH session must remember to answer a repeated request alike from any connector."""
 
@@ -128,10 +149,11 @@ class SessionRecord(google.protobuf.message.Message):
         copy_incarnations: collections.abc.Iterable[builtins.str] | None = ...,
         number: builtins.int = ...,
         asked: collections.abc.Iterable[global___AskedIq] | None = ...,
+        notes: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
         bosh: global___BoshWindow | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["bosh", b"bosh", "flags", b"flags", "presence", b"presence"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "number", b"number", "presence", b"presence", "resume_seconds", b"resume_seconds", "sent", b"sent", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "notes", b"notes", "number", b"number", "presence", b"presence", "resume_seconds", b"resume_seconds", "sent", b"sent", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed"]) -> None: ...
 
 global___SessionRecord = SessionRecord
 

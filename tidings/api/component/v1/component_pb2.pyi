@@ -155,11 +155,13 @@ class Registration(google.protobuf.message.Message):
 
     @property
     def account_namespaces(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Namespaces of IQ payloads that it serves at the accounts' own bare JIDs (PEP)."""
+        """Namespaces of IQ payloads that it serves at the accounts' own bare JIDs (PEP), and of the messages that it
+        sends for them.
+        """
 
     @property
     def feeds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[tidings.api.common.v1.stanza_pb2.Feed.ValueType]:
-        """Copies that it wants to have."""
+        """Copies that it wants to have: each must be allowed to it by name."""
 
     def __init__(
         self,

@@ -23,9 +23,10 @@ class ComponentServiceStub:
     that the registry's view shows and opens one Attach each. This file and its comments are all that is
     needed to write one in any language.
 
-    A component is known by the name in its certificate (`tidings:node:NAME/SERVICE`, or
-    `tidings:client:NAME`). What that name may register stands in the routers' option
-    `--component-allow[NAME]=domain,…`.
+    A component is known by a name: the service of a node that the metadata `tidings-service` names, or that of a
+    client's certificate (`tidings:client:NAME/component`, or `tidings:client:NAME`, which may do more than that).
+    What that name may register stands in the routers' option `--component-allow[NAME]=…`: domains,
+    `account:NAMESPACE`, `feed:presence`, `feed:session-end`.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -37,9 +38,10 @@ class ComponentServiceStub:
     batches of envelopes.
 
     Towards the component: stanzas for its domains and namespaces. It MUST answer each IQ of type get or
-    set once, with a result or an error. From the component: stanzas whose `from_jid` lies in its domains, or
-    is the account's bare JID that a stanza in one of its namespaces was sent to. Others end the call
-    with INVALID_ARGUMENT.
+    set once, with a result or an error, at the router that it came from. From the component: stanzas whose
+    `from_jid` lies in its domains. For an account, with its bare JID as `from_jid`, only: answers to what it was
+    asked there in one of its namespaces (further ones are dropped), and messages of which every child lies in its
+    namespaces. Others end the call with INVALID_ARGUMENT.
     Several instances may register the same domains; `routing_key` says which of them gets a stanza.
     Errors: PERMISSION_DENIED (NOT_ALLOWED), ALREADY_EXISTS (DOMAIN_TAKEN), INVALID_ARGUMENT, UNAVAILABLE
     (NOT_SERVING).
@@ -49,8 +51,8 @@ class ComponentServiceStub:
         tidings.api.component.v1.component_pb2.GetRosterItemRequest,
         tidings.api.component.v1.component_pb2.GetRosterItemResponse,
     ]
-    """What an account's roster says about a contact, for access rules at accounts. Only for components that
-    registered an account namespace.
+    """What an account's roster says about a contact, for access rules at accounts. Only for components that are
+    attached to this router with an account namespace.
     Errors: NOT_FOUND (no such account), PERMISSION_DENIED, UNAVAILABLE (DATABASE_AWAY).
     """
 
@@ -60,9 +62,10 @@ class ComponentServiceAsyncStub:
     that the registry's view shows and opens one Attach each. This file and its comments are all that is
     needed to write one in any language.
 
-    A component is known by the name in its certificate (`tidings:node:NAME/SERVICE`, or
-    `tidings:client:NAME`). What that name may register stands in the routers' option
-    `--component-allow[NAME]=domain,…`.
+    A component is known by a name: the service of a node that the metadata `tidings-service` names, or that of a
+    client's certificate (`tidings:client:NAME/component`, or `tidings:client:NAME`, which may do more than that).
+    What that name may register stands in the routers' option `--component-allow[NAME]=…`: domains,
+    `account:NAMESPACE`, `feed:presence`, `feed:session-end`.
     """
 
     Attach: grpc.aio.StreamStreamMultiCallable[
@@ -73,9 +76,10 @@ class ComponentServiceAsyncStub:
     batches of envelopes.
 
     Towards the component: stanzas for its domains and namespaces. It MUST answer each IQ of type get or
-    set once, with a result or an error. From the component: stanzas whose `from_jid` lies in its domains, or
-    is the account's bare JID that a stanza in one of its namespaces was sent to. Others end the call
-    with INVALID_ARGUMENT.
+    set once, with a result or an error, at the router that it came from. From the component: stanzas whose
+    `from_jid` lies in its domains. For an account, with its bare JID as `from_jid`, only: answers to what it was
+    asked there in one of its namespaces (further ones are dropped), and messages of which every child lies in its
+    namespaces. Others end the call with INVALID_ARGUMENT.
     Several instances may register the same domains; `routing_key` says which of them gets a stanza.
     Errors: PERMISSION_DENIED (NOT_ALLOWED), ALREADY_EXISTS (DOMAIN_TAKEN), INVALID_ARGUMENT, UNAVAILABLE
     (NOT_SERVING).
@@ -85,8 +89,8 @@ class ComponentServiceAsyncStub:
         tidings.api.component.v1.component_pb2.GetRosterItemRequest,
         tidings.api.component.v1.component_pb2.GetRosterItemResponse,
     ]
-    """What an account's roster says about a contact, for access rules at accounts. Only for components that
-    registered an account namespace.
+    """What an account's roster says about a contact, for access rules at accounts. Only for components that are
+    attached to this router with an account namespace.
     Errors: NOT_FOUND (no such account), PERMISSION_DENIED, UNAVAILABLE (DATABASE_AWAY).
     """
 
@@ -96,9 +100,10 @@ class ComponentServiceServicer(metaclass=abc.ABCMeta):
     that the registry's view shows and opens one Attach each. This file and its comments are all that is
     needed to write one in any language.
 
-    A component is known by the name in its certificate (`tidings:node:NAME/SERVICE`, or
-    `tidings:client:NAME`). What that name may register stands in the routers' option
-    `--component-allow[NAME]=domain,…`.
+    A component is known by a name: the service of a node that the metadata `tidings-service` names, or that of a
+    client's certificate (`tidings:client:NAME/component`, or `tidings:client:NAME`, which may do more than that).
+    What that name may register stands in the routers' option `--component-allow[NAME]=…`: domains,
+    `account:NAMESPACE`, `feed:presence`, `feed:session-end`.
     """
 
     @abc.abstractmethod
@@ -111,9 +116,10 @@ class ComponentServiceServicer(metaclass=abc.ABCMeta):
         batches of envelopes.
 
         Towards the component: stanzas for its domains and namespaces. It MUST answer each IQ of type get or
-        set once, with a result or an error. From the component: stanzas whose `from_jid` lies in its domains, or
-        is the account's bare JID that a stanza in one of its namespaces was sent to. Others end the call
-        with INVALID_ARGUMENT.
+        set once, with a result or an error, at the router that it came from. From the component: stanzas whose
+        `from_jid` lies in its domains. For an account, with its bare JID as `from_jid`, only: answers to what it was
+        asked there in one of its namespaces (further ones are dropped), and messages of which every child lies in its
+        namespaces. Others end the call with INVALID_ARGUMENT.
         Several instances may register the same domains; `routing_key` says which of them gets a stanza.
         Errors: PERMISSION_DENIED (NOT_ALLOWED), ALREADY_EXISTS (DOMAIN_TAKEN), INVALID_ARGUMENT, UNAVAILABLE
         (NOT_SERVING).
@@ -125,8 +131,8 @@ class ComponentServiceServicer(metaclass=abc.ABCMeta):
         request: tidings.api.component.v1.component_pb2.GetRosterItemRequest,
         context: _ServicerContext,
     ) -> typing.Union[tidings.api.component.v1.component_pb2.GetRosterItemResponse, collections.abc.Awaitable[tidings.api.component.v1.component_pb2.GetRosterItemResponse]]:
-        """What an account's roster says about a contact, for access rules at accounts. Only for components that
-        registered an account namespace.
+        """What an account's roster says about a contact, for access rules at accounts. Only for components that are
+        attached to this router with an account namespace.
         Errors: NOT_FOUND (no such account), PERMISSION_DENIED, UNAVAILABLE (DATABASE_AWAY).
         """
 

@@ -24,17 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etidings/api/node/v1/node.proto\x12\x13tidings.api.node.v1\" \n\x0c\x44rainRequest\x12\x10\n\x08\x61sked_by\x18\x01 \x01(\t\"\x0f\n\rDrainResponse2]\n\x0bNodeService\x12N\n\x05\x44rain\x12!.tidings.api.node.v1.DrainRequest\x1a\".tidings.api.node.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etidings/api/node/v1/node.proto\x12\x13tidings.api.node.v1\" \n\x0c\x44rainRequest\x12\x10\n\x08\x61sked_by\x18\x01 \x01(\t\"\x0f\n\rDrainResponse\"-\n\x0cProbeRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"C\n\rProbeResponse\x12\x32\n\x07outcome\x18\x01 \x01(\x0e\x32!.tidings.api.node.v1.ProbeOutcome*~\n\x0cProbeOutcome\x12\x1d\n\x19PROBE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROBE_OUTCOME_ACCEPTED\x10\x01\x12\x19\n\x15PROBE_OUTCOME_REFUSED\x10\x02\x12\x18\n\x14PROBE_OUTCOME_SILENT\x10\x03\x32\xad\x01\n\x0bNodeService\x12N\n\x05\x44rain\x12!.tidings.api.node.v1.DrainRequest\x1a\".tidings.api.node.v1.DrainResponse\x12N\n\x05Probe\x12!.tidings.api.node.v1.ProbeRequest\x1a\".tidings.api.node.v1.ProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidings.api.node.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PROBEOUTCOME']._serialized_start=222
+  _globals['_PROBEOUTCOME']._serialized_end=348
   _globals['_DRAINREQUEST']._serialized_start=55
   _globals['_DRAINREQUEST']._serialized_end=87
   _globals['_DRAINRESPONSE']._serialized_start=89
   _globals['_DRAINRESPONSE']._serialized_end=104
-  _globals['_NODESERVICE']._serialized_start=106
-  _globals['_NODESERVICE']._serialized_end=199
+  _globals['_PROBEREQUEST']._serialized_start=106
+  _globals['_PROBEREQUEST']._serialized_end=151
+  _globals['_PROBERESPONSE']._serialized_start=153
+  _globals['_PROBERESPONSE']._serialized_end=220
+  _globals['_NODESERVICE']._serialized_start=351
+  _globals['_NODESERVICE']._serialized_end=524
 # @@protoc_insertion_point(module_scope)

@@ -5,10 +5,42 @@ isort:skip_file
 
 import builtins
 import google.protobuf.descriptor
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _ProbeOutcome:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ProbeOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ProbeOutcome.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PROBE_OUTCOME_UNSPECIFIED: _ProbeOutcome.ValueType  # 0
+    PROBE_OUTCOME_ACCEPTED: _ProbeOutcome.ValueType  # 1
+    """Somebody listens there."""
+    PROBE_OUTCOME_REFUSED: _ProbeOutcome.ValueType  # 2
+    """The machine is there, and nobody listens."""
+    PROBE_OUTCOME_SILENT: _ProbeOutcome.ValueType  # 3
+    """Nothing came back in time, or there is no way there. Proves nothing."""
+
+class ProbeOutcome(_ProbeOutcome, metaclass=_ProbeOutcomeEnumTypeWrapper): ...
+
+PROBE_OUTCOME_UNSPECIFIED: ProbeOutcome.ValueType  # 0
+PROBE_OUTCOME_ACCEPTED: ProbeOutcome.ValueType  # 1
+"""Somebody listens there."""
+PROBE_OUTCOME_REFUSED: ProbeOutcome.ValueType  # 2
+"""The machine is there, and nobody listens."""
+PROBE_OUTCOME_SILENT: ProbeOutcome.ValueType  # 3
+"""Nothing came back in time, or there is no way there. Proves nothing."""
+global___ProbeOutcome = ProbeOutcome
 
 @typing.final
 class DrainRequest(google.protobuf.message.Message):
@@ -35,3 +67,36 @@ class DrainResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___DrainResponse = DrainResponse
+
+@typing.final
+class ProbeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    PORT_FIELD_NUMBER: builtins.int
+    address: builtins.str
+    port: builtins.int
+    def __init__(
+        self,
+        *,
+        address: builtins.str = ...,
+        port: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "port", b"port"]) -> None: ...
+
+global___ProbeRequest = ProbeRequest
+
+@typing.final
+class ProbeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: builtins.int
+    outcome: global___ProbeOutcome.ValueType
+    def __init__(
+        self,
+        *,
+        outcome: global___ProbeOutcome.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["outcome", b"outcome"]) -> None: ...
+
+global___ProbeResponse = ProbeResponse

@@ -28,7 +28,7 @@ if _version_not_supported:
 class NodeServiceStub(object):
     """NodeService is served by every process of a cluster: what can be asked of a node as a whole.
 
-    Callers: nodes with the service `registry`, which do it on behalf of registry.v1 DrainNode.
+    Callers: nodes with the service `registry`, on behalf of those who call registry.v1.
     """
 
     def __init__(self, channel):
@@ -42,17 +42,31 @@ class NodeServiceStub(object):
                 request_serializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
                 response_deserializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/tidings.api.node.v1.NodeService/Probe',
+                request_serializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.ProbeResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer(object):
     """NodeService is served by every process of a cluster: what can be asked of a node as a whole.
 
-    Callers: nodes with the service `registry`, which do it on behalf of registry.v1 DrainNode.
+    Callers: nodes with the service `registry`, on behalf of those who call registry.v1.
     """
 
     def Drain(self, request, context):
         """Tells the node to drain: it takes nothing new, hands over what it has, leaves and ends. Returns at once.
         Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """What becomes of a new connection to an address of the cluster, seen from this node. A node is declared dead
+        when two nodes find that it refuses (one, and a beat that is late, where no second one can be asked), and lets
+        itself in when its peers find that it accepts. An address that is none is SILENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -66,6 +80,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     request_deserializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.DrainRequest.FromString,
                     response_serializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.DrainResponse.SerializeToString,
             ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.ProbeRequest.FromString,
+                    response_serializer=tidings_dot_api_dot_node_dot_v1_dot_node__pb2.ProbeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tidings.api.node.v1.NodeService', rpc_method_handlers)
@@ -77,7 +96,7 @@ def add_NodeServiceServicer_to_server(servicer, server):
 class NodeService(object):
     """NodeService is served by every process of a cluster: what can be asked of a node as a whole.
 
-    Callers: nodes with the service `registry`, which do it on behalf of registry.v1 DrainNode.
+    Callers: nodes with the service `registry`, on behalf of those who call registry.v1.
     """
 
     @staticmethod
@@ -97,6 +116,33 @@ class NodeService(object):
             '/tidings.api.node.v1.NodeService/Drain',
             tidings_dot_api_dot_node_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
             tidings_dot_api_dot_node_dot_v1_dot_node__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidings.api.node.v1.NodeService/Probe',
+            tidings_dot_api_dot_node_dot_v1_dot_node__pb2.ProbeRequest.SerializeToString,
+            tidings_dot_api_dot_node_dot_v1_dot_node__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

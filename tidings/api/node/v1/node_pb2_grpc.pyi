@@ -20,7 +20,7 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 class NodeServiceStub:
     """NodeService is served by every process of a cluster: what can be asked of a node as a whole.
 
-    Callers: nodes with the service `registry`, which do it on behalf of registry.v1 DrainNode.
+    Callers: nodes with the service `registry`, on behalf of those who call registry.v1.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -32,10 +32,19 @@ class NodeServiceStub:
     Safe to repeat.
     """
 
+    Probe: grpc.UnaryUnaryMultiCallable[
+        tidings.api.node.v1.node_pb2.ProbeRequest,
+        tidings.api.node.v1.node_pb2.ProbeResponse,
+    ]
+    """What becomes of a new connection to an address of the cluster, seen from this node. A node is declared dead
+    when two nodes find that it refuses (one, and a beat that is late, where no second one can be asked), and lets
+    itself in when its peers find that it accepts. An address that is none is SILENT.
+    """
+
 class NodeServiceAsyncStub:
     """NodeService is served by every process of a cluster: what can be asked of a node as a whole.
 
-    Callers: nodes with the service `registry`, which do it on behalf of registry.v1 DrainNode.
+    Callers: nodes with the service `registry`, on behalf of those who call registry.v1.
     """
 
     Drain: grpc.aio.UnaryUnaryMultiCallable[
@@ -46,10 +55,19 @@ class NodeServiceAsyncStub:
     Safe to repeat.
     """
 
+    Probe: grpc.aio.UnaryUnaryMultiCallable[
+        tidings.api.node.v1.node_pb2.ProbeRequest,
+        tidings.api.node.v1.node_pb2.ProbeResponse,
+    ]
+    """What becomes of a new connection to an address of the cluster, seen from this node. A node is declared dead
+    when two nodes find that it refuses (one, and a beat that is late, where no second one can be asked), and lets
+    itself in when its peers find that it accepts. An address that is none is SILENT.
+    """
+
 class NodeServiceServicer(metaclass=abc.ABCMeta):
     """NodeService is served by every process of a cluster: what can be asked of a node as a whole.
 
-    Callers: nodes with the service `registry`, which do it on behalf of registry.v1 DrainNode.
+    Callers: nodes with the service `registry`, on behalf of those who call registry.v1.
     """
 
     @abc.abstractmethod
@@ -60,6 +78,17 @@ class NodeServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[tidings.api.node.v1.node_pb2.DrainResponse, collections.abc.Awaitable[tidings.api.node.v1.node_pb2.DrainResponse]]:
         """Tells the node to drain: it takes nothing new, hands over what it has, leaves and ends. Returns at once.
         Safe to repeat.
+        """
+
+    @abc.abstractmethod
+    def Probe(
+        self,
+        request: tidings.api.node.v1.node_pb2.ProbeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidings.api.node.v1.node_pb2.ProbeResponse, collections.abc.Awaitable[tidings.api.node.v1.node_pb2.ProbeResponse]]:
+        """What becomes of a new connection to an address of the cluster, seen from this node. A node is declared dead
+        when two nodes find that it refuses (one, and a beat that is late, where no second one can be asked), and lets
+        itself in when its peers find that it accepts. An address that is none is SILENT.
         """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -25,51 +25,51 @@ _sym_db = _symbol_database.Default()
 from tidings.api.common.v1 import node_pb2 as tidings_dot_api_dot_common_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tidings/api/registry/v1/registry.proto\x12\x17tidings.api.registry.v1\x1a tidings/api/common/v1/node.proto\"8\n\x0bJoinRequest\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x1b.tidings.api.common.v1.Node\"$\n\x0cJoinResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\"\xa4\x01\n\x0b\x42\x65\x61tRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .tidings.api.common.v1.NodeState\x12\x11\n\tcpu_usage\x18\x04 \x01(\x02\x12\x11\n\tmem_usage\x18\x05 \x01(\x02\x12\x17\n\x0f\x63leaned_through\x18\x06 \x01(\x04\"$\n\x0c\x42\x65\x61tResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\"5\n\x0cLeaveRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse\"\x12\n\x10ListNodesRequest\"U\n\x11ListNodesResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\x12*\n\x05nodes\x18\x02 \x03(\x0b\x32\x1b.tidings.api.common.v1.Node\"\"\n\x11WatchNodesRequest\x12\r\n\x05since\x18\x01 \x01(\x04\"\xa6\x01\n\x12WatchNodesResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\x12\x39\n\x08snapshot\x18\x02 \x01(\x0b\x32%.tidings.api.registry.v1.NodeSnapshotH\x00\x12\x35\n\x06\x63hange\x18\x03 \x01(\x0b\x32#.tidings.api.registry.v1.NodeChangeH\x00\x42\x08\n\x06update\":\n\x0cNodeSnapshot\x12*\n\x05nodes\x18\x01 \x03(\x0b\x32\x1b.tidings.api.common.v1.Node\"n\n\nNodeChange\x12\x35\n\x04kind\x18\x01 \x01(\x0e\x32\'.tidings.api.registry.v1.NodeChangeKind\x12)\n\x04node\x18\x02 \x01(\x0b\x32\x1b.tidings.api.common.v1.Node\"g\n\x18ReportUnreachableRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0bobservation\x18\x03 \x01(\t\x12\x0f\n\x07refused\x18\x04 \x01(\x08\"\x1b\n\x19ReportUnreachableResponse\"9\n\x10ProbeNodeRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"$\n\x11ProbeNodeResponse\x12\x0f\n\x07refused\x18\x01 \x01(\x08\"$\n\x10\x44rainNodeRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\"(\n\x11\x44rainNodeResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\t*\xdf\x01\n\x0eNodeChangeKind\x12 \n\x1cNODE_CHANGE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17NODE_CHANGE_KIND_JOINED\x10\x01\x12\x19\n\x15NODE_CHANGE_KIND_BACK\x10\x02\x12\x1c\n\x18NODE_CHANGE_KIND_SUSPECT\x10\x03\x12\x1b\n\x17NODE_CHANGE_KIND_FAILED\x10\x04\x12\x1d\n\x19NODE_CHANGE_KIND_DRAINING\x10\x05\x12\x19\n\x15NODE_CHANGE_KIND_LEFT\x10\x06\x32\xa4\x06\n\x0fRegistryService\x12S\n\x04Join\x12$.tidings.api.registry.v1.JoinRequest\x1a%.tidings.api.registry.v1.JoinResponse\x12S\n\x04\x42\x65\x61t\x12$.tidings.api.registry.v1.BeatRequest\x1a%.tidings.api.registry.v1.BeatResponse\x12V\n\x05Leave\x12%.tidings.api.registry.v1.LeaveRequest\x1a&.tidings.api.registry.v1.LeaveResponse\x12\x62\n\tListNodes\x12).tidings.api.registry.v1.ListNodesRequest\x1a*.tidings.api.registry.v1.ListNodesResponse\x12g\n\nWatchNodes\x12*.tidings.api.registry.v1.WatchNodesRequest\x1a+.tidings.api.registry.v1.WatchNodesResponse0\x01\x12z\n\x11ReportUnreachable\x12\x31.tidings.api.registry.v1.ReportUnreachableRequest\x1a\x32.tidings.api.registry.v1.ReportUnreachableResponse\x12\x62\n\tProbeNode\x12).tidings.api.registry.v1.ProbeNodeRequest\x1a*.tidings.api.registry.v1.ProbeNodeResponse\x12\x62\n\tDrainNode\x12).tidings.api.registry.v1.DrainNodeRequest\x1a*.tidings.api.registry.v1.DrainNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tidings/api/registry/v1/registry.proto\x12\x17tidings.api.registry.v1\x1a tidings/api/common/v1/node.proto\"8\n\x0bJoinRequest\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x1b.tidings.api.common.v1.Node\"$\n\x0cJoinResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\"\xb9\x01\n\x0b\x42\x65\x61tRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .tidings.api.common.v1.NodeState\x12\x11\n\tcpu_usage\x18\x04 \x01(\x02\x12\x11\n\tmem_usage\x18\x05 \x01(\x02\x12\x17\n\x0f\x63leaned_through\x18\x06 \x01(\x04\x12\x13\n\x0bunreachable\x18\x07 \x03(\t\"$\n\x0c\x42\x65\x61tResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\"5\n\x0cLeaveRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse\"\x12\n\x10ListNodesRequest\"U\n\x11ListNodesResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\x12*\n\x05nodes\x18\x02 \x03(\x0b\x32\x1b.tidings.api.common.v1.Node\"\"\n\x11WatchNodesRequest\x12\r\n\x05since\x18\x01 \x01(\x04\"\xa6\x01\n\x12WatchNodesResponse\x12\x14\n\x0cview_version\x18\x01 \x01(\x04\x12\x39\n\x08snapshot\x18\x02 \x01(\x0b\x32%.tidings.api.registry.v1.NodeSnapshotH\x00\x12\x35\n\x06\x63hange\x18\x03 \x01(\x0b\x32#.tidings.api.registry.v1.NodeChangeH\x00\x42\x08\n\x06update\":\n\x0cNodeSnapshot\x12*\n\x05nodes\x18\x01 \x03(\x0b\x32\x1b.tidings.api.common.v1.Node\"n\n\nNodeChange\x12\x35\n\x04kind\x18\x01 \x01(\x0e\x32\'.tidings.api.registry.v1.NodeChangeKind\x12)\n\x04node\x18\x02 \x01(\x0b\x32\x1b.tidings.api.common.v1.Node\"g\n\x18ReportUnreachableRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0bobservation\x18\x03 \x01(\t\x12\x0f\n\x07refused\x18\x04 \x01(\x08\"\x1b\n\x19ReportUnreachableResponse\"<\n\x13\x43heckReachedRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"&\n\x14\x43heckReachedResponse\x12\x0e\n\x06not_by\x18\x01 \x03(\t\"$\n\x10\x44rainNodeRequest\x12\x10\n\x08hostname\x18\x01 \x01(\t\"(\n\x11\x44rainNodeResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\t*\xdf\x01\n\x0eNodeChangeKind\x12 \n\x1cNODE_CHANGE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17NODE_CHANGE_KIND_JOINED\x10\x01\x12\x19\n\x15NODE_CHANGE_KIND_BACK\x10\x02\x12\x1c\n\x18NODE_CHANGE_KIND_SUSPECT\x10\x03\x12\x1b\n\x17NODE_CHANGE_KIND_FAILED\x10\x04\x12\x1d\n\x19NODE_CHANGE_KIND_DRAINING\x10\x05\x12\x19\n\x15NODE_CHANGE_KIND_LEFT\x10\x06\x32\xad\x06\n\x0fRegistryService\x12S\n\x04Join\x12$.tidings.api.registry.v1.JoinRequest\x1a%.tidings.api.registry.v1.JoinResponse\x12S\n\x04\x42\x65\x61t\x12$.tidings.api.registry.v1.BeatRequest\x1a%.tidings.api.registry.v1.BeatResponse\x12V\n\x05Leave\x12%.tidings.api.registry.v1.LeaveRequest\x1a&.tidings.api.registry.v1.LeaveResponse\x12\x62\n\tListNodes\x12).tidings.api.registry.v1.ListNodesRequest\x1a*.tidings.api.registry.v1.ListNodesResponse\x12g\n\nWatchNodes\x12*.tidings.api.registry.v1.WatchNodesRequest\x1a+.tidings.api.registry.v1.WatchNodesResponse0\x01\x12z\n\x11ReportUnreachable\x12\x31.tidings.api.registry.v1.ReportUnreachableRequest\x1a\x32.tidings.api.registry.v1.ReportUnreachableResponse\x12k\n\x0c\x43heckReached\x12,.tidings.api.registry.v1.CheckReachedRequest\x1a-.tidings.api.registry.v1.CheckReachedResponse\x12\x62\n\tDrainNode\x12).tidings.api.registry.v1.DrainNodeRequest\x1a*.tidings.api.registry.v1.DrainNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidings.api.registry.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODECHANGEKIND']._serialized_start=1270
-  _globals['_NODECHANGEKIND']._serialized_end=1493
+  _globals['_NODECHANGEKIND']._serialized_start=1296
+  _globals['_NODECHANGEKIND']._serialized_end=1519
   _globals['_JOINREQUEST']._serialized_start=101
   _globals['_JOINREQUEST']._serialized_end=157
   _globals['_JOINRESPONSE']._serialized_start=159
   _globals['_JOINRESPONSE']._serialized_end=195
   _globals['_BEATREQUEST']._serialized_start=198
-  _globals['_BEATREQUEST']._serialized_end=362
-  _globals['_BEATRESPONSE']._serialized_start=364
-  _globals['_BEATRESPONSE']._serialized_end=400
-  _globals['_LEAVEREQUEST']._serialized_start=402
-  _globals['_LEAVEREQUEST']._serialized_end=455
-  _globals['_LEAVERESPONSE']._serialized_start=457
-  _globals['_LEAVERESPONSE']._serialized_end=472
-  _globals['_LISTNODESREQUEST']._serialized_start=474
-  _globals['_LISTNODESREQUEST']._serialized_end=492
-  _globals['_LISTNODESRESPONSE']._serialized_start=494
-  _globals['_LISTNODESRESPONSE']._serialized_end=579
-  _globals['_WATCHNODESREQUEST']._serialized_start=581
-  _globals['_WATCHNODESREQUEST']._serialized_end=615
-  _globals['_WATCHNODESRESPONSE']._serialized_start=618
-  _globals['_WATCHNODESRESPONSE']._serialized_end=784
-  _globals['_NODESNAPSHOT']._serialized_start=786
-  _globals['_NODESNAPSHOT']._serialized_end=844
-  _globals['_NODECHANGE']._serialized_start=846
-  _globals['_NODECHANGE']._serialized_end=956
-  _globals['_REPORTUNREACHABLEREQUEST']._serialized_start=958
-  _globals['_REPORTUNREACHABLEREQUEST']._serialized_end=1061
-  _globals['_REPORTUNREACHABLERESPONSE']._serialized_start=1063
-  _globals['_REPORTUNREACHABLERESPONSE']._serialized_end=1090
-  _globals['_PROBENODEREQUEST']._serialized_start=1092
-  _globals['_PROBENODEREQUEST']._serialized_end=1149
-  _globals['_PROBENODERESPONSE']._serialized_start=1151
-  _globals['_PROBENODERESPONSE']._serialized_end=1187
-  _globals['_DRAINNODEREQUEST']._serialized_start=1189
-  _globals['_DRAINNODEREQUEST']._serialized_end=1225
-  _globals['_DRAINNODERESPONSE']._serialized_start=1227
-  _globals['_DRAINNODERESPONSE']._serialized_end=1267
-  _globals['_REGISTRYSERVICE']._serialized_start=1496
-  _globals['_REGISTRYSERVICE']._serialized_end=2300
+  _globals['_BEATREQUEST']._serialized_end=383
+  _globals['_BEATRESPONSE']._serialized_start=385
+  _globals['_BEATRESPONSE']._serialized_end=421
+  _globals['_LEAVEREQUEST']._serialized_start=423
+  _globals['_LEAVEREQUEST']._serialized_end=476
+  _globals['_LEAVERESPONSE']._serialized_start=478
+  _globals['_LEAVERESPONSE']._serialized_end=493
+  _globals['_LISTNODESREQUEST']._serialized_start=495
+  _globals['_LISTNODESREQUEST']._serialized_end=513
+  _globals['_LISTNODESRESPONSE']._serialized_start=515
+  _globals['_LISTNODESRESPONSE']._serialized_end=600
+  _globals['_WATCHNODESREQUEST']._serialized_start=602
+  _globals['_WATCHNODESREQUEST']._serialized_end=636
+  _globals['_WATCHNODESRESPONSE']._serialized_start=639
+  _globals['_WATCHNODESRESPONSE']._serialized_end=805
+  _globals['_NODESNAPSHOT']._serialized_start=807
+  _globals['_NODESNAPSHOT']._serialized_end=865
+  _globals['_NODECHANGE']._serialized_start=867
+  _globals['_NODECHANGE']._serialized_end=977
+  _globals['_REPORTUNREACHABLEREQUEST']._serialized_start=979
+  _globals['_REPORTUNREACHABLEREQUEST']._serialized_end=1082
+  _globals['_REPORTUNREACHABLERESPONSE']._serialized_start=1084
+  _globals['_REPORTUNREACHABLERESPONSE']._serialized_end=1111
+  _globals['_CHECKREACHEDREQUEST']._serialized_start=1113
+  _globals['_CHECKREACHEDREQUEST']._serialized_end=1173
+  _globals['_CHECKREACHEDRESPONSE']._serialized_start=1175
+  _globals['_CHECKREACHEDRESPONSE']._serialized_end=1213
+  _globals['_DRAINNODEREQUEST']._serialized_start=1215
+  _globals['_DRAINNODEREQUEST']._serialized_end=1251
+  _globals['_DRAINNODERESPONSE']._serialized_start=1253
+  _globals['_DRAINNODERESPONSE']._serialized_end=1293
+  _globals['_REGISTRYSERVICE']._serialized_start=1522
+  _globals['_REGISTRYSERVICE']._serialized_end=2335
 # @@protoc_insertion_point(module_scope)

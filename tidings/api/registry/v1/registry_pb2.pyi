@@ -54,7 +54,10 @@ class JoinRequest(google.protobuf.message.Message):
     NODE_FIELD_NUMBER: builtins.int
     @property
     def node(self) -> tidings.api.common.v1.node_pb2.Node:
-        """All fields but `beat` and `last_update_unix_ms` are the caller's to fill."""
+        """All fields but `beat`, `last_update_unix_ms`, `unreachable` and `joined_version` are the caller's to fill:
+        `state` with JOINING, `address` with what can be dialled. The certificate is taken from the connection. The
+        name is put into the table in lower case.
+        """
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class BeatRequest(google.protobuf.message.Message):
     CPU_USAGE_FIELD_NUMBER: builtins.int
     MEM_USAGE_FIELD_NUMBER: builtins.int
     CLEANED_THROUGH_FIELD_NUMBER: builtins.int
+    UNREACHABLE_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     incarnation: builtins.str
     state: tidings.api.common.v1.node_pb2.NodeState.ValueType
@@ -100,6 +104,12 @@ class BeatRequest(google.protobuf.message.Message):
     mem_usage: builtins.float
     cleaned_through: builtins.int
     """The view up to which the caller has cleaned up after nodes that failed."""
+    @property
+    def unreachable(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Incarnations of nodes that its links do not reach now. Of two nodes of which one does not reach the other for
+        long, though both beat, one is put out.
+        """
+
     def __init__(
         self,
         *,
@@ -109,8 +119,9 @@ class BeatRequest(google.protobuf.message.Message):
         cpu_usage: builtins.float = ...,
         mem_usage: builtins.float = ...,
         cleaned_through: builtins.int = ...,
+        unreachable: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cleaned_through", b"cleaned_through", "cpu_usage", b"cpu_usage", "hostname", b"hostname", "incarnation", b"incarnation", "mem_usage", b"mem_usage", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cleaned_through", b"cleaned_through", "cpu_usage", b"cpu_usage", "hostname", b"hostname", "incarnation", b"incarnation", "mem_usage", b"mem_usage", "state", b"state", "unreachable", b"unreachable"]) -> None: ...
 
 global___BeatRequest = BeatRequest
 
@@ -120,7 +131,9 @@ class BeatResponse(google.protobuf.message.Message):
 
     VIEW_VERSION_FIELD_NUMBER: builtins.int
     view_version: builtins.int
-    """The present version: a caller that sees a higher one than its own has missed a change."""
+    """The present version: a caller that sees a higher one than its own for over a second has missed a change, and
+    watches another registry.
+    """
     def __init__(
         self,
         *,
@@ -304,7 +317,7 @@ class ReportUnreachableResponse(google.protobuf.message.Message):
 global___ReportUnreachableResponse = ReportUnreachableResponse
 
 @typing.final
-class ProbeNodeRequest(google.protobuf.message.Message):
+class CheckReachedRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HOSTNAME_FIELD_NUMBER: builtins.int
@@ -319,22 +332,25 @@ class ProbeNodeRequest(google.protobuf.message.Message):
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["hostname", b"hostname", "incarnation", b"incarnation"]) -> None: ...
 
-global___ProbeNodeRequest = ProbeNodeRequest
+global___CheckReachedRequest = CheckReachedRequest
 
 @typing.final
-class ProbeNodeResponse(google.protobuf.message.Message):
+class CheckReachedResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    REFUSED_FIELD_NUMBER: builtins.int
-    refused: builtins.bool
+    NOT_BY_FIELD_NUMBER: builtins.int
+    @property
+    def not_by(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of nodes that do not reach the caller, or that could not be asked."""
+
     def __init__(
         self,
         *,
-        refused: builtins.bool = ...,
+        not_by: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["refused", b"refused"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["not_by", b"not_by"]) -> None: ...
 
-global___ProbeNodeResponse = ProbeNodeResponse
+global___CheckReachedResponse = CheckReachedResponse
 
 @typing.final
 class DrainNodeRequest(google.protobuf.message.Message):

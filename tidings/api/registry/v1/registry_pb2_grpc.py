@@ -72,10 +72,10 @@ class RegistryServiceStub(object):
                 request_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableRequest.SerializeToString,
                 response_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableResponse.FromString,
                 _registered_method=True)
-        self.ProbeNode = channel.unary_unary(
-                '/tidings.api.registry.v1.RegistryService/ProbeNode',
-                request_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeRequest.SerializeToString,
-                response_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeResponse.FromString,
+        self.CheckReached = channel.unary_unary(
+                '/tidings.api.registry.v1.RegistryService/CheckReached',
+                request_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.CheckReachedRequest.SerializeToString,
+                response_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.CheckReachedResponse.FromString,
                 _registered_method=True)
         self.DrainNode = channel.unary_unary(
                 '/tidings.api.registry.v1.RegistryService/DrainNode',
@@ -96,10 +96,11 @@ class RegistryServiceServicer(object):
     """
 
     def Join(self, request, context):
-        """Enters the caller into the table. The certificate of the row must be the one that the caller shows,
-        and its names must be the row's.
-        Errors: ALREADY_EXISTS (NAME_TAKEN), FAILED_PRECONDITION (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS,
-        PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
+        """Enters the caller into the table, as JOINING. The certificate of the row must be the one that the caller
+        shows, and its names must be the row's. Safe to repeat. It may take two leases: an old start under the
+        name must have stood still, and the routers must have cleaned up after it.
+        Errors: ALREADY_EXISTS (NAME_TAKEN; EXISTS: another node has this incarnation), FAILED_PRECONDITION
+        (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS, PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,7 +109,7 @@ class RegistryServiceServicer(object):
     def Beat(self, request, context):
         """Says that the caller lives, and in which state. Due every second; safe to repeat.
         Errors: FAILED_PRECONDITION (NOT_A_MEMBER): the row of this incarnation is gone or failed. The caller
-        must stop serving and join anew under a new incarnation.
+        must stop serving and join anew under a new incarnation. Who has failed, or is gone, may ask too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,7 +132,11 @@ class RegistryServiceServicer(object):
     def WatchNodes(self, request, context):
         """A snapshot (or, with `since`, what changed after it, when the registry still has that), then each
         change as it happens. Guaranteed: versions rise; applying the changes to the snapshot gives the view.
-        Not guaranteed: that every short-lived state is seen. The stream has no end of its own.
+        Not guaranteed: that every short-lived state is seen. The registry ends the stream when it can't tell all
+        changes any more: too many wait, or the table was set back to an earlier state. Who comes back with `since`
+        gets what was missed, or a snapshot.
+        Errors: UNAVAILABLE (DATABASE_AWAY): with the database away this registry knows only an older view than
+        `since`; another one may know more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,9 +150,9 @@ class RegistryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ProbeNode(self, request, context):
-        """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
-        is declared dead on two such findings, from two nodes where there are two.
+    def CheckReached(self, request, context):
+        """Has the routers and registries of the cluster connect to the caller's own address, and tells which of them
+        did not get through. A node that joins asks this before it says that it is up, and waits until it is empty.
         Errors: NOT_FOUND when the view has no such incarnation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -195,10 +200,10 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     request_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableRequest.FromString,
                     response_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ReportUnreachableResponse.SerializeToString,
             ),
-            'ProbeNode': grpc.unary_unary_rpc_method_handler(
-                    servicer.ProbeNode,
-                    request_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeRequest.FromString,
-                    response_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeResponse.SerializeToString,
+            'CheckReached': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckReached,
+                    request_deserializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.CheckReachedRequest.FromString,
+                    response_serializer=tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.CheckReachedResponse.SerializeToString,
             ),
             'DrainNode': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainNode,
@@ -387,7 +392,7 @@ class RegistryService(object):
             _registered_method=True)
 
     @staticmethod
-    def ProbeNode(request,
+    def CheckReached(request,
             target,
             options=(),
             channel_credentials=None,
@@ -400,9 +405,9 @@ class RegistryService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/tidings.api.registry.v1.RegistryService/ProbeNode',
-            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeRequest.SerializeToString,
-            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.ProbeNodeResponse.FromString,
+            '/tidings.api.registry.v1.RegistryService/CheckReached',
+            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.CheckReachedRequest.SerializeToString,
+            tidings_dot_api_dot_registry_dot_v1_dot_registry__pb2.CheckReachedResponse.FromString,
             options,
             channel_credentials,
             insecure,

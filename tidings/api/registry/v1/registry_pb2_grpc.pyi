@@ -33,10 +33,11 @@ class RegistryServiceStub:
         tidings.api.registry.v1.registry_pb2.JoinRequest,
         tidings.api.registry.v1.registry_pb2.JoinResponse,
     ]
-    """Enters the caller into the table. The certificate of the row must be the one that the caller shows,
-    and its names must be the row's.
-    Errors: ALREADY_EXISTS (NAME_TAKEN), FAILED_PRECONDITION (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS,
-    PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
+    """Enters the caller into the table, as JOINING. The certificate of the row must be the one that the caller
+    shows, and its names must be the row's. Safe to repeat. It may take two leases: an old start under the
+    name must have stood still, and the routers must have cleaned up after it.
+    Errors: ALREADY_EXISTS (NAME_TAKEN; EXISTS: another node has this incarnation), FAILED_PRECONDITION
+    (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS, PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
     """
 
     Beat: grpc.UnaryUnaryMultiCallable[
@@ -45,7 +46,7 @@ class RegistryServiceStub:
     ]
     """Says that the caller lives, and in which state. Due every second; safe to repeat.
     Errors: FAILED_PRECONDITION (NOT_A_MEMBER): the row of this incarnation is gone or failed. The caller
-    must stop serving and join anew under a new incarnation.
+    must stop serving and join anew under a new incarnation. Who has failed, or is gone, may ask too.
     """
 
     Leave: grpc.UnaryUnaryMultiCallable[
@@ -66,7 +67,11 @@ class RegistryServiceStub:
     ]
     """A snapshot (or, with `since`, what changed after it, when the registry still has that), then each
     change as it happens. Guaranteed: versions rise; applying the changes to the snapshot gives the view.
-    Not guaranteed: that every short-lived state is seen. The stream has no end of its own.
+    Not guaranteed: that every short-lived state is seen. The registry ends the stream when it can't tell all
+    changes any more: too many wait, or the table was set back to an earlier state. Who comes back with `since`
+    gets what was missed, or a snapshot.
+    Errors: UNAVAILABLE (DATABASE_AWAY): with the database away this registry knows only an older view than
+    `since`; another one may know more.
     """
 
     ReportUnreachable: grpc.UnaryUnaryMultiCallable[
@@ -77,12 +82,12 @@ class RegistryServiceStub:
     Errors: NOT_FOUND when the view has no such incarnation.
     """
 
-    ProbeNode: grpc.UnaryUnaryMultiCallable[
-        tidings.api.registry.v1.registry_pb2.ProbeNodeRequest,
-        tidings.api.registry.v1.registry_pb2.ProbeNodeResponse,
+    CheckReached: grpc.UnaryUnaryMultiCallable[
+        tidings.api.registry.v1.registry_pb2.CheckReachedRequest,
+        tidings.api.registry.v1.registry_pb2.CheckReachedResponse,
     ]
-    """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
-    is declared dead on two such findings, from two nodes where there are two.
+    """Has the routers and registries of the cluster connect to the caller's own address, and tells which of them
+    did not get through. A node that joins asks this before it says that it is up, and waits until it is empty.
     Errors: NOT_FOUND when the view has no such incarnation.
     """
 
@@ -109,10 +114,11 @@ class RegistryServiceAsyncStub:
         tidings.api.registry.v1.registry_pb2.JoinRequest,
         tidings.api.registry.v1.registry_pb2.JoinResponse,
     ]
-    """Enters the caller into the table. The certificate of the row must be the one that the caller shows,
-    and its names must be the row's.
-    Errors: ALREADY_EXISTS (NAME_TAKEN), FAILED_PRECONDITION (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS,
-    PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
+    """Enters the caller into the table, as JOINING. The certificate of the row must be the one that the caller
+    shows, and its names must be the row's. Safe to repeat. It may take two leases: an old start under the
+    name must have stood still, and the routers must have cleaned up after it.
+    Errors: ALREADY_EXISTS (NAME_TAKEN; EXISTS: another node has this incarnation), FAILED_PRECONDITION
+    (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS, PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
     """
 
     Beat: grpc.aio.UnaryUnaryMultiCallable[
@@ -121,7 +127,7 @@ class RegistryServiceAsyncStub:
     ]
     """Says that the caller lives, and in which state. Due every second; safe to repeat.
     Errors: FAILED_PRECONDITION (NOT_A_MEMBER): the row of this incarnation is gone or failed. The caller
-    must stop serving and join anew under a new incarnation.
+    must stop serving and join anew under a new incarnation. Who has failed, or is gone, may ask too.
     """
 
     Leave: grpc.aio.UnaryUnaryMultiCallable[
@@ -142,7 +148,11 @@ class RegistryServiceAsyncStub:
     ]
     """A snapshot (or, with `since`, what changed after it, when the registry still has that), then each
     change as it happens. Guaranteed: versions rise; applying the changes to the snapshot gives the view.
-    Not guaranteed: that every short-lived state is seen. The stream has no end of its own.
+    Not guaranteed: that every short-lived state is seen. The registry ends the stream when it can't tell all
+    changes any more: too many wait, or the table was set back to an earlier state. Who comes back with `since`
+    gets what was missed, or a snapshot.
+    Errors: UNAVAILABLE (DATABASE_AWAY): with the database away this registry knows only an older view than
+    `since`; another one may know more.
     """
 
     ReportUnreachable: grpc.aio.UnaryUnaryMultiCallable[
@@ -153,12 +163,12 @@ class RegistryServiceAsyncStub:
     Errors: NOT_FOUND when the view has no such incarnation.
     """
 
-    ProbeNode: grpc.aio.UnaryUnaryMultiCallable[
-        tidings.api.registry.v1.registry_pb2.ProbeNodeRequest,
-        tidings.api.registry.v1.registry_pb2.ProbeNodeResponse,
+    CheckReached: grpc.aio.UnaryUnaryMultiCallable[
+        tidings.api.registry.v1.registry_pb2.CheckReachedRequest,
+        tidings.api.registry.v1.registry_pb2.CheckReachedResponse,
     ]
-    """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
-    is declared dead on two such findings, from two nodes where there are two.
+    """Has the routers and registries of the cluster connect to the caller's own address, and tells which of them
+    did not get through. A node that joins asks this before it says that it is up, and waits until it is empty.
     Errors: NOT_FOUND when the view has no such incarnation.
     """
 
@@ -187,10 +197,11 @@ class RegistryServiceServicer(metaclass=abc.ABCMeta):
         request: tidings.api.registry.v1.registry_pb2.JoinRequest,
         context: _ServicerContext,
     ) -> typing.Union[tidings.api.registry.v1.registry_pb2.JoinResponse, collections.abc.Awaitable[tidings.api.registry.v1.registry_pb2.JoinResponse]]:
-        """Enters the caller into the table. The certificate of the row must be the one that the caller shows,
-        and its names must be the row's.
-        Errors: ALREADY_EXISTS (NAME_TAKEN), FAILED_PRECONDITION (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS,
-        PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
+        """Enters the caller into the table, as JOINING. The certificate of the row must be the one that the caller
+        shows, and its names must be the row's. Safe to repeat. It may take two leases: an old start under the
+        name must have stood still, and the routers must have cleaned up after it.
+        Errors: ALREADY_EXISTS (NAME_TAKEN; EXISTS: another node has this incarnation), FAILED_PRECONDITION
+        (VIRTUAL_HOSTS_DIFFER, STRATEGY_DIFFERS, PROTOCOL_DIFFERS), PERMISSION_DENIED, INVALID_ARGUMENT.
         """
 
     @abc.abstractmethod
@@ -201,7 +212,7 @@ class RegistryServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[tidings.api.registry.v1.registry_pb2.BeatResponse, collections.abc.Awaitable[tidings.api.registry.v1.registry_pb2.BeatResponse]]:
         """Says that the caller lives, and in which state. Due every second; safe to repeat.
         Errors: FAILED_PRECONDITION (NOT_A_MEMBER): the row of this incarnation is gone or failed. The caller
-        must stop serving and join anew under a new incarnation.
+        must stop serving and join anew under a new incarnation. Who has failed, or is gone, may ask too.
         """
 
     @abc.abstractmethod
@@ -228,7 +239,11 @@ class RegistryServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[tidings.api.registry.v1.registry_pb2.WatchNodesResponse], collections.abc.AsyncIterator[tidings.api.registry.v1.registry_pb2.WatchNodesResponse]]:
         """A snapshot (or, with `since`, what changed after it, when the registry still has that), then each
         change as it happens. Guaranteed: versions rise; applying the changes to the snapshot gives the view.
-        Not guaranteed: that every short-lived state is seen. The stream has no end of its own.
+        Not guaranteed: that every short-lived state is seen. The registry ends the stream when it can't tell all
+        changes any more: too many wait, or the table was set back to an earlier state. Who comes back with `since`
+        gets what was missed, or a snapshot.
+        Errors: UNAVAILABLE (DATABASE_AWAY): with the database away this registry knows only an older view than
+        `since`; another one may know more.
         """
 
     @abc.abstractmethod
@@ -242,13 +257,13 @@ class RegistryServiceServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
-    def ProbeNode(
+    def CheckReached(
         self,
-        request: tidings.api.registry.v1.registry_pb2.ProbeNodeRequest,
+        request: tidings.api.registry.v1.registry_pb2.CheckReachedRequest,
         context: _ServicerContext,
-    ) -> typing.Union[tidings.api.registry.v1.registry_pb2.ProbeNodeResponse, collections.abc.Awaitable[tidings.api.registry.v1.registry_pb2.ProbeNodeResponse]]:
-        """For other registries: whether a new connection to a node's own address is refused, seen from here. A node
-        is declared dead on two such findings, from two nodes where there are two.
+    ) -> typing.Union[tidings.api.registry.v1.registry_pb2.CheckReachedResponse, collections.abc.Awaitable[tidings.api.registry.v1.registry_pb2.CheckReachedResponse]]:
+        """Has the routers and registries of the cluster connect to the caller's own address, and tells which of them
+        did not get through. A node that joins asks this before it says that it is up, and waits until it is empty.
         Errors: NOT_FOUND when the view has no such incarnation.
         """
 

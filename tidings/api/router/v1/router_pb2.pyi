@@ -266,9 +266,15 @@ global___StreamLeaving = StreamLeaving
 class MoveReady(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
+    """As `prepare_move` had it: an answer that comes late answers no later question."""
     def __init__(
         self,
+        *,
+        attempt: builtins.int = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt"]) -> None: ...
 
 global___MoveReady = MoveReady
 
@@ -277,14 +283,18 @@ class SessionAttach(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: builtins.int
+    LEFT_FIELD_NUMBER: builtins.int
     ticket: builtins.bytes
     """As SessionBound and Moved had it."""
+    left: builtins.bool
+    """The client has left since. What it has sent before follows, then `closed`; nothing more can be written to it."""
     def __init__(
         self,
         *,
         ticket: builtins.bytes = ...,
+        left: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["ticket", b"ticket"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["left", b"left", "ticket", b"ticket"]) -> None: ...
 
 global___SessionAttach = SessionAttach
 
@@ -494,13 +504,20 @@ global___StreamCommand = StreamCommand
 
 @typing.final
 class PrepareMove(google.protobuf.message.Message):
-    """The stream's session is about to move: the connector answers with `move_ready` and holds back what follows."""
+    """The stream's session is about to move: the connector answers with `move_ready` and holds back what follows,
+    also the end of the stream, until `moved` says which router it is for.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
     def __init__(
         self,
+        *,
+        attempt: builtins.int = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt"]) -> None: ...
 
 global___PrepareMove = PrepareMove
 
@@ -724,16 +741,20 @@ class ForwardHello(google.protobuf.message.Message):
 
     ROUTER_INCARNATION_FIELD_NUMBER: builtins.int
     RESUME_AFTER_FIELD_NUMBER: builtins.int
+    FRESH_FIELD_NUMBER: builtins.int
     router_incarnation: builtins.str
     resume_after: builtins.int
     """The highest response sequence that it has from an earlier call; the receiver sends again what follows."""
+    fresh: builtins.bool
+    """The link begins: the receiver forgets what it has of an earlier one."""
     def __init__(
         self,
         *,
         router_incarnation: builtins.str = ...,
         resume_after: builtins.int = ...,
+        fresh: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["resume_after", b"resume_after", "router_incarnation", b"router_incarnation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fresh", b"fresh", "resume_after", b"resume_after", "router_incarnation", b"router_incarnation"]) -> None: ...
 
 global___ForwardHello = ForwardHello
 
@@ -878,6 +899,33 @@ class AdoptSessionResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "ticket", b"ticket"]) -> None: ...
 
 global___AdoptSessionResponse = AdoptSessionResponse
+
+@typing.final
+class SessionGiven(google.protobuf.message.Message):
+    """The content of the notes by which a router that has handed a session over gives what came for it meanwhile."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
+    MORE_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    more: builtins.bool
+    """Another note follows; with the last one the session is whole."""
+    @property
+    def held(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        held: collections.abc.Iterable[tidings.api.common.v1.stanza_pb2.Envelope] | None = ...,
+        more: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held", b"held", "more", b"more", "session", b"session"]) -> None: ...
+
+global___SessionGiven = SessionGiven
 
 @typing.final
 class EndSessionRequest(google.protobuf.message.Message):

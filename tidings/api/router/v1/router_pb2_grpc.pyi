@@ -51,9 +51,11 @@ class RouterServiceStub:
         tidings.api.router.v1.router_pb2.AdoptSessionResponse,
     ]
     """Hands a session over: the caller has frozen it and gives it up when this returns. From then on it is the
-    receiver's, under a higher epoch.
+    receiver's, under the next epoch; what reaches it there waits until the caller has given the rest
+    (SessionGiven). Safe to repeat: the receiver carries it through when the caller waits no longer.
     Errors: FAILED_PRECONDITION (STALE_EPOCH): the session's row says another epoch or owner; UNAVAILABLE
-    (DATABASE_AWAY, NOT_SERVING): nothing has changed.
+    (NOT_SERVING): the receiver starts or drains, and has done nothing; (DATABASE_AWAY): it is not known
+    whether the row has changed, as with every other error.
     """
 
     EndSession: grpc.UnaryUnaryMultiCallable[
@@ -97,9 +99,11 @@ class RouterServiceAsyncStub:
         tidings.api.router.v1.router_pb2.AdoptSessionResponse,
     ]
     """Hands a session over: the caller has frozen it and gives it up when this returns. From then on it is the
-    receiver's, under a higher epoch.
+    receiver's, under the next epoch; what reaches it there waits until the caller has given the rest
+    (SessionGiven). Safe to repeat: the receiver carries it through when the caller waits no longer.
     Errors: FAILED_PRECONDITION (STALE_EPOCH): the session's row says another epoch or owner; UNAVAILABLE
-    (DATABASE_AWAY, NOT_SERVING): nothing has changed.
+    (NOT_SERVING): the receiver starts or drains, and has done nothing; (DATABASE_AWAY): it is not known
+    whether the row has changed, as with every other error.
     """
 
     EndSession: grpc.aio.UnaryUnaryMultiCallable[
@@ -149,9 +153,11 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[tidings.api.router.v1.router_pb2.AdoptSessionResponse, collections.abc.Awaitable[tidings.api.router.v1.router_pb2.AdoptSessionResponse]]:
         """Hands a session over: the caller has frozen it and gives it up when this returns. From then on it is the
-        receiver's, under a higher epoch.
+        receiver's, under the next epoch; what reaches it there waits until the caller has given the rest
+        (SessionGiven). Safe to repeat: the receiver carries it through when the caller waits no longer.
         Errors: FAILED_PRECONDITION (STALE_EPOCH): the session's row says another epoch or owner; UNAVAILABLE
-        (DATABASE_AWAY, NOT_SERVING): nothing has changed.
+        (NOT_SERVING): the receiver starts or drains, and has done nothing; (DATABASE_AWAY): it is not known
+        whether the row has changed, as with every other error.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,257 @@
+"""The taking side of a hand-over (hand_over.py): sessions that come from other routers.
+
+A session is on its way from the moment that its row is this router's until the connector has attached its stream
+and the router that gives it has passed on what came there. Till then it gets nothing: what is routed to it here
+waits. What came there goes first, and of neither may anything be lost, come twice, or overtake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from services.router.hand_over import GONE
+from services.router.session_record import session_of
+from services.router.sessions import Session, Sessions
+from tidings.api.common.v1.error_pb2 import ErrorReason
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import AdoptSessionRequest, SessionAttach, SessionGiven
+from tidings.cluster.view import ClusterView
+from tidings.kit.db import DatabaseAway
+from tidings.kit.logging import get_logger
+from tidings.kit.module import PRESENCE, Hooks
+from tidings.kit.rpc_errors import TidingsError
+from tidings.xmpp.jid import Jid, JidError
+
+if TYPE_CHECKING:
+    from services.router.binding import Binding
+    from services.router.connector_link import ConnectorLink
+    from services.router.routing import Routing
+    from services.router.tickets import Tickets
+
+log = get_logger("cluster")
+
+# Seconds that a session on its way waits: for what the other router gives, while that one is in the view; then for
+# its connector.
+GIVE_TIMEOUT = 60.0
+ATTACH_TIMEOUT = 10.0
+
+
+class _Arrival:
+    """A session on its way."""
+
+    __slots__ = ("given", "giver", "timer", "whole")
+
+    def __init__(self, giver: str) -> None:
+        self.giver = giver
+        # What has come from there so far; and whether that is all.
+        self.given: list[Envelope] = []
+        self.whole = False
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Adoption:
+    """Takes sessions over."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        binding: Binding,
+        routing: Routing,
+        tickets: Tickets,
+        hooks: Hooks,
+        spawn: Callable[[Any, str], Any],
+    ) -> None:
+        self._sessions = sessions
+        self._binding = binding
+        self._routing = routing
+        self._tickets = tickets
+        self._hooks = hooks
+        self._spawn = spawn
+        self._arrivals: dict[str, _Arrival] = {}
+        # Adoptions that are being carried through, by session.
+        self._taking: dict[str, asyncio.Task[Session | TidingsError]] = {}
+        # Set when this router drains: it takes no more.
+        self.draining = False
+        # Looks whether a session belongs here; ends a session and its stream.
+        self.place: Callable[[Session], None] = lambda _session: None
+        self.dismiss: Callable[[Session], Any] = lambda _session: None
+        # Total, for metrics.
+        self.adopted = 0
+
+    def __len__(self) -> int:
+        """Adoptions that are being carried through."""
+        return len(self._taking)
+
+    # --- asked by the router that gives ---
+
+    async def adopt(self, request: AdoptSessionRequest, giver: str) -> tuple[int, bytes]:
+        """Takes a session over: its new epoch, and the ticket for its connector. Raises TidingsError.
+
+        What has begun is carried through when the caller waits no longer (gRPC cancels its handlers then); who asks
+        again gets the same answer."""
+        id_ = request.record.id
+        taking = self._taking.get(id_)
+        if taking is None:
+            taking = self._taking[id_] = self._spawn(self._take(request, giver), "take a session over")
+            taking.add_done_callback(lambda _done: self._taking.pop(id_))
+        session = await asyncio.shield(taking)
+        if isinstance(session, TidingsError):
+            raise session
+        ticket = self._tickets.seal(session.connector, session.account, session.id, session.epoch)
+        return session.epoch, ticket
+
+    async def _take(self, request: AdoptSessionRequest, giver: str) -> Session | TidingsError:
+        record = request.record
+        present = self._sessions.get(record.id)
+        if present is not None and present.epoch == record.epoch + 1:
+            return present
+        if self.draining:
+            return TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "this router drains")
+        try:
+            session = session_of(record, request.stream, self._spawn)
+            if not await self._binding.adopt(session.jid, session.id, record.epoch, giver):
+                return TidingsError(
+                    ErrorReason.ERROR_REASON_STALE_EPOCH, f"{record.jid} is not the caller's any more"
+                )
+        except JidError as error:
+            return TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, str(error))
+        except DatabaseAway:
+            return TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer")
+        for gone in (present, self._sessions.of(session.account).get(session.jid.resource)):
+            if gone is not None:
+                # Its row was taken from it without our noticing.
+                await self.dismiss(gone)
+        self._arrives(session, request, giver)
+        return session
+
+    def _arrives(self, session: Session, request: AdoptSessionRequest, giver: str) -> None:
+        session.frozen, session.early = deque(), deque()
+        session.moving = True
+        self._sessions.add(session)
+        self._routing.strategy.session_opened(session.account, session.jid.resource)
+        self._routing.deliveries.deadlines.adopted(
+            session, [(asked.to_jid, asked.id, asked.left) for asked in request.record.asked]
+        )
+        self._binding.adopted(session)
+        arrival = self._arrivals[session.id] = _Arrival(giver)
+        arrival.given.extend(request.held)
+        self._wait(session, arrival, GIVE_TIMEOUT)
+        self.adopted += 1
+
+    # --- what it waits for ---
+
+    def _wait(self, session: Session, arrival: _Arrival, timeout: float) -> None:
+        if arrival.timer is not None:
+            arrival.timer.cancel()
+        arrival.timer = asyncio.get_running_loop().call_later(timeout, self._waited, session, arrival)
+
+    def _waited(self, session: Session, arrival: _Arrival) -> None:
+        if not arrival.whole:
+            log.warning("session_not_given", session=session.id, waited=GIVE_TIMEOUT)
+            self._is_whole(session, arrival)
+        else:
+            log.warning("session_not_attached", session=session.id, waited=ATTACH_TIMEOUT)
+            self._spawn(self.dismiss(session), "end a session that nobody attached")
+
+    def view_changed(self, view: ClusterView) -> None:
+        """Routers that are gone give nothing more."""
+        alive = {node.incarnation for node in view.living_routers()}
+        for id_, arrival in list(self._arrivals.items()):
+            session = self._sessions.get(id_)
+            if session is not None and not arrival.whole and arrival.giver not in alive:
+                self._is_whole(session, arrival)
+
+    def given(self, _account: Jid, note: bytes) -> bytes:
+        """A note of the router that gives a session; GONE when it is not on its way here: it has ended."""
+        given = SessionGiven.FromString(note)
+        session, arrival = self._sessions.get(given.session), self._arrivals.get(given.session)
+        if session is None or arrival is None or arrival.whole:
+            return GONE
+        arrival.given.extend(given.held)
+        if not given.more:
+            self._is_whole(session, arrival)
+        return b""
+
+    def _is_whole(self, session: Session, arrival: _Arrival) -> None:
+        arrival.whole = True
+        self._wait(session, arrival, ATTACH_TIMEOUT)
+        self._go_on(session, arrival)
+
+    def attach(self, link: ConnectorLink, stream: int, attach: SessionAttach) -> Session | None:
+        """The connector brings the stream of a session; None when it is not for this stream, or not here."""
+        ticket = self._tickets.open(attach.ticket, link.incarnation)
+        session = self._sessions.get(ticket.session) if ticket is not None else None
+        if ticket is None or session is None or session.epoch != ticket.epoch or session.link is not None:
+            return None
+        session.link = link
+        session.stream = stream
+        session.closed = attach.left
+        return session
+
+    def attached(self, session: Session) -> None:
+        """The link serves the stream now."""
+        arrival = self._arrivals.get(session.id)
+        if arrival is not None:
+            self._go_on(session, arrival)
+
+    def _go_on(self, session: Session, arrival: _Arrival) -> None:
+        """When both have come, the client gets what has waited; if it has left meanwhile, the end of the session
+        follows, and that goes elsewhere."""
+        if not arrival.whole or session.link is None or session.closed:
+            return
+        deliveries = self._routing.deliveries
+        waited = self.ended(session)
+        frozen, session.frozen = session.frozen, None
+        session.moving = False
+        for envelope in waited:
+            deliveries.to_session(session, envelope)
+        for envelope in frozen or ():
+            deliveries.deliver(session, envelope)
+        session.lane.run(self._tell, session)
+        self.place(session)
+
+    async def _tell(self, session: Session) -> None:
+        for handler in self._hooks.session_attached:
+            try:
+                result = handler(session)
+                if result is not None:
+                    await result
+            except Exception:
+                log.exception("session_attached_failed", session=session.id)
+
+    def ended(self, session: Session) -> list[Envelope]:
+        """The session is on its way no longer; what has waited for it meanwhile, in order."""
+        arrival = self._arrivals.pop(session.id, None)
+        if arrival is None:
+            return []
+        if arrival.timer is not None:
+            arrival.timer.cancel()
+        early, session.early = session.early, None
+        return list(in_order(arrival.given, early or ()))
+
+
+def in_order(given: list[Envelope], early: Iterable[Envelope]) -> Iterator[Envelope]:
+    """What came by two ways to one session, each stanza once, and those of one sender by their numbers.
+
+    The same one may have come by both: as copies for the sessions of an account. What has no number is known by its
+    bytes then; presence is not, for the same may be sent again, and the last one counts."""
+    both = Counter(envelope.stanza for envelope in given if not envelope.number and envelope.kind != PRESENCE)
+    numbered: dict[str, dict[int, Envelope]] = {}
+    order = list(given)
+    for envelope in early:
+        if not envelope.number and both[envelope.stanza]:
+            both[envelope.stanza] -= 1
+        else:
+            order.append(envelope)
+    for envelope in order:
+        if envelope.number:
+            numbered.setdefault(envelope.origin, {})[envelope.number] = envelope
+    due = {origin: iter(sorted(numbers)) for origin, numbers in numbered.items()}
+    for envelope in order:
+        if not envelope.number:
+            yield envelope
+        elif (number := next(due[envelope.origin], None)) is not None:
+            yield numbered[envelope.origin][number]

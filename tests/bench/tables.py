@@ -1,0 +1,57 @@
+"""The tables of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians of what the driver measured in some runs."""
+
+    label: str
+    per_second: float
+    # µs of CPU of the server for each, and which of its processes takes which part of it.
+    cpu: float
+    share: dict[str, float]
+    # Milliseconds.
+    p50: float
+    p99: float
+
+
+def medians(label: str, runs: Sequence[dict[str, Any]]) -> Figures:
+    def median(pick: Any) -> float:
+        return statistics.median(pick(run) for run in runs)
+
+    return Figures(
+        label,
+        median(lambda run: run["per_s"]),
+        median(lambda run: run["server_cpu_us_per"]),
+        runs[-1]["share"],
+        median(lambda run: run["lat_ms"]["p50"]),
+        median(lambda run: run["lat_ms"]["p99"]),
+    )
+
+
+def table(figures: Sequence[Figures]) -> list[str]:
+    """One way of running."""
+    lines = ["| | per second | server CPU µs each | p50 ms | p99 ms |", "|---|--:|--:|--:|--:|"]
+    for one in figures:
+        parts = ", ".join(f"{name} {one.cpu * part:.1f}" for name, part in one.share.items() if part > 0.01)
+        cpu = f"{one.cpu:.1f} ({parts})" if len(one.share) > 1 else f"{one.cpu:.1f}"
+        lines.append(f"| {one.label} | {one.per_second:,.0f} | {cpu} | {one.p50:.2f} | {one.p99:.2f} |")
+    return lines
+
+
+def beside(ways: dict[str, Sequence[Figures]]) -> list[str]:
+    """The same measurements in all ways of running, by the way: what goes through, and what it costs."""
+    first = next(iter(ways.values()))
+    lines = [f"| per second (server CPU µs each) | {' | '.join(ways)} |", f"|---|{'--:|' * len(ways)}"]
+    for index, one in enumerate(first):
+        cells = (figures[index] for figures in ways.values())
+        texts = " | ".join(f"{cell.per_second:,.0f} ({cell.cpu:.1f})" for cell in cells)
+        lines.append(f"| {one.label} | {texts} |")
+    return lines

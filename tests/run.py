@@ -1,0 +1,66 @@
+"""Runs the tests in parts, with the time of each at the end. `make test` and its relatives call it.
+
+- python tests/run.py test      what every change must pass: a named subset where the whole takes long
+- python tests/run.py cluster   the plays in every way of running, and all drills on clusters
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from itertools import product
+
+PLAYS = "tests/conformance/test_plays.py"
+VIOLATIONS = "tests/conformance/test_violations.py"
+CLIENTS = "tests/conformance/test_clients.py"
+COMPONENTS = "tests/contract/test_component.py"
+
+# Each part is some calls of pytest. `starttls` picks one of the two transports of each play.
+TEST = {
+    "unit and contract": [["tests/unit", "tests/contract"]],
+    "plays on one node": [
+        ["tests/conformance"],
+        [PLAYS, COMPONENTS, "--way=processes", "-k", "not [tls"],
+        [VIOLATIONS, "--way=loopback"],
+        [CLIENTS, "--loop=asyncio"],
+    ],
+    "plays on three nodes": [
+        [PLAYS, "--nodes=3", "--strategy=home", "-k", "starttls"],
+        [PLAYS, "--nodes=3", "--strategy=broadcast", "-k", "starttls"],
+        [PLAYS, "--nodes=3", "--strategy=online-users", "--way=processes", "-k", "starttls"],
+    ],
+    "cluster": [["tests/cluster", "-m", "not whole"]],
+    "packaging and benchmarks": [["tests/packaging", "tests/bench"]],
+}
+MATRIX = [
+    [PLAYS, f"--nodes={nodes}", f"--strategy={strategy}", f"--way={way}", "--database=mysql"]
+    for nodes, strategy, way in product((1, 3), ("home", "online-users", "broadcast"), ("in-process", "processes"))
+]
+CLUSTER = {"plays": MATRIX, "cluster": [["tests/cluster", "-s"]]}
+PARTS = {"test": TEST, "cluster": CLUSTER}
+
+
+def main(name: str) -> int:
+    times: list[tuple[str, float]] = []
+    if name == "cluster":
+        os.environ["LONG"] = "1"
+    for part, calls in PARTS[name].items():
+        started = time.monotonic()
+        for words in calls:
+            print(f"\n{part}: pytest {' '.join(words)}", flush=True)
+            code = subprocess.call([sys.executable, "-m", "pytest", "-q", *words])
+            if code:
+                print(f"{part}: failed", file=sys.stderr)
+                return code
+        times.append((part, time.monotonic() - started))
+    print()
+    for part, seconds in times:
+        print(f"{part:26} {seconds:5.0f} s")
+    print(f"{'all':26} {sum(seconds for _, seconds in times):5.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

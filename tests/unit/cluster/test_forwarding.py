@@ -1,0 +1,184 @@
+"""The forwarding of one router, with a port that notes what it is told; the strategies' suite plays whole clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tidings.cluster.forwarding import MAX_OUTSTANDING, Forwarder, Item, Mode, Pending, Sent
+from tidings.cluster.node import Node, NodeState
+from tidings.cluster.strategy import Plan
+from tidings.cluster.view import ClusterView
+
+
+class Fixed:
+    """A strategy that always says the same."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def locate(self, account: str, resource: str) -> Plan:
+        return self.plan
+
+    def view_changed(self, view: ClusterView) -> None:
+        """It does not care."""
+
+    def noted(self, node: str, note: bytes) -> None:
+        """Nor for this."""
+
+    session_opened = session_closed = noted  # type: ignore[assignment]
+
+    def keeper(self, account: str) -> str:
+        return ""
+
+
+class Port:
+    """Notes what is sent, and decides as a router without sessions of its own does: copies for all others."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Any, Sent]] = []
+        self.full: set[str] = set()
+        self.errors: list[Any] = []
+        self.decided: list[Any] = []
+        self.forwarder: Forwarder = None  # type: ignore[assignment]
+
+    def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
+        self.sent.append((node, item.payload, sent))
+
+    def crowded(self, plan: Plan) -> bool:
+        return not self.full.isdisjoint((plan.decides, *plan.nodes))
+
+    def decide(self, item: Item, plan: Plan) -> Pending:
+        self.decided.append(item.payload)
+        if plan.nodes and not item.missed:
+            self.forwarder.copies(item, plan, False)
+        return None
+
+    def wait(self, pending: Pending, then: Callable[[], None]) -> None:
+        raise AssertionError("nothing here takes time")
+
+    def overflowed(self, item: Item) -> None:
+        self.errors.append(item.payload)
+
+    def of(self, node: str) -> list[Any]:
+        return [payload for to, payload, _ in self.sent if to == node]
+
+    def answers(self, node: str, payload: Any, taken: bool) -> None:
+        sent = next(sent for to, what, sent in self.sent if (to, what) == (node, payload))
+        if taken:
+            self.forwarder.taken(sent)
+        else:
+            self.forwarder.refused(sent, 0)
+
+
+def forwarding(plan: Plan) -> tuple[Forwarder, Port]:
+    port = Port()
+    forwarder = port.forwarder = Forwarder(Fixed(plan), port)  # type: ignore[arg-type]
+    nodes = [Node(name, name, "127.0.0.1", 5777, ("router",), NodeState.UP) for name in ("a", "b", "c", "own")]
+    forwarder.view_changed(ClusterView(1, nodes))
+    return forwarder, port
+
+
+def item(number: int, to: str = "juliet@example.org") -> Item:
+    return Item(("romeo@example.org", to), to, "", number)
+
+
+GUESS = Plan(nodes=("a", "b"), certain=False)
+
+
+def test_a_router_that_hangs_does_not_hold_up_what_another_one_takes() -> None:
+    forwarder, port = forwarding(GUESS)
+    for number in range(3):
+        forwarder.run(item(number))
+    assert port.of("a") == [0], "where nobody is known to be, one waits for the answer to the other"
+    for number in range(3):
+        port.answers("a", number, taken=True)
+    assert port.of("a") == [0, 1, 2]
+    assert port.of("b") == [0, 1, 2], "whatever b does"
+
+
+def test_what_nobody_has_taken_waits_for_the_last_answer() -> None:
+    """A missing answer is not a no."""
+    forwarder, port = forwarding(GUESS)
+    forwarder.run(item(0))
+    forwarder.run(item(1))
+    port.answers("a", 0, taken=False)
+    assert port.of("a") == [0]
+    assert port.decided == [0]
+    port.answers("b", 0, taken=False)
+    assert port.decided == [0, 0, 1], "decided anew, for nobody took it; then the next one"
+
+
+def test_on_a_crowded_link_nothing_more_is_put_until_it_has_room() -> None:
+    forwarder, port = forwarding(Plan(decides="a"))
+    forwarder.run(item(0))
+    port.full.add("a")
+    for number in range(1, 100):
+        forwarder.run(item(number))
+    assert port.of("a") == [0]
+    assert forwarder.long(("romeo@example.org", "juliet@example.org")), "its sender should not be read"
+    relieved = []
+    forwarder.on_relief(("romeo@example.org", "juliet@example.org"), lambda: relieved.append(True))
+    port.full.clear()
+    forwarder.relieved()
+    assert port.of("a") == list(range(100))
+    assert relieved == [True]
+
+
+def test_of_one_flow_only_so_much_is_under_way() -> None:
+    forwarder, port = forwarding(Plan(decides="a"))
+    for number in range(MAX_OUTSTANDING + 10):
+        forwarder.run(item(number))
+    assert port.of("a") == list(range(MAX_OUTSTANDING))
+    for number in range(10):
+        port.answers("a", number, taken=True)
+    assert port.of("a") == list(range(MAX_OUTSTANDING + 10))
+    assert port.errors == []
+
+
+def test_what_a_full_link_drops_is_an_error_for_its_sender_and_no_loop() -> None:
+    forwarder, port = forwarding(Plan(decides="a"))
+    forwarder.run(item(0))
+    forwarder.dropped(port.sent[0][2])
+    assert port.errors == [0]
+    assert port.of("a") == [0]
+    assert len(forwarder) == 0
+
+
+def test_who_has_something_under_way_is_known_until_it_is_dealt_with() -> None:
+    forwarder, port = forwarding(Plan(decides="a"))
+    forwarder.run(item(0))
+    forwarder.run(item(1, "nurse@example.org"))
+    assert forwarder.under_way("romeo@example.org")
+    port.answers("a", 0, taken=True)
+    assert forwarder.under_way("romeo@example.org")
+    port.answers("a", 1, taken=True)
+    assert not forwarder.under_way("romeo@example.org")
+
+
+def test_what_came_by_a_newer_view_is_given_back_after_a_while_but_no_note() -> None:
+    forwarder, _ = forwarding(Plan(decides="b"))
+    answered: list[tuple[Any, bool]] = []
+
+    def incoming(payload: Any, mode: Mode, source: str) -> None:
+        flow = ("romeo@example.org", f"{payload}@example.org")
+        forwarder.incoming(
+            Item(
+                flow,
+                flow[1],
+                "",
+                payload,
+                mode,
+                source=source,
+                answer=lambda i: answered.append((i.payload, i.taken)),
+            ),
+            7,
+            0,
+        )
+
+    incoming("stanza", Mode.DECIDE, "a")
+    incoming(("strategy", b"note"), Mode.STRATEGY, "newcomer")
+    forwarder.give_up_waiting()
+    assert answered == [], "they have only just come"
+    forwarder.give_up_waiting()
+    assert answered == [("stanza", False)]

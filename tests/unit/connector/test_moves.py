@@ -1,0 +1,195 @@
+"""A stream whose session goes to another router (services/connector/streams.py): nothing that its client does is lost,
+and each router gets what is for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from services.connector.limits import Addresses, ClientLimits
+from services.connector.router_link import RouterLink
+from services.connector.streams import ClientStream, Streams
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import CloseStream, Moved, PrepareMove, SessionBound, StreamCommand
+from tidings.cluster.node import Node
+from tidings.kit.link import in_order
+from tidings.kit.tasks import Tasks
+from tidings.xmpp.stream import ServerStream, State, StreamConfig
+
+NEW = Moved(router_incarnation="new", ticket=b"t")
+
+
+class Connection:
+    """What a transport is to a stream."""
+
+    peer = ("192.0.2.1", 5222)
+    slow = False
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.reading = True
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def set_reading(self, reading: bool) -> None:
+        self.reading = reading
+
+    def send_queue_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    async def start_tls(self, host: str) -> bool:
+        return False
+
+
+class Bound:
+    """A stream with a session at one router, and another router that it may go to."""
+
+    def __init__(self) -> None:
+        self.tasks = Tasks()
+        self.streams = Streams(lambda _stream: self.old, self._link_to, Addresses(0), self.tasks.spawn)
+        self.old, self.new = (
+            RouterLink(self.streams, Node(name, name, "127.0.0.1", 1), True, lambda: None) for name in ("old", "new")
+        )
+        self.reached = asyncio.Event()
+        self.reached.set()
+        self.there = True
+        self.connection = Connection()
+        core = ServerStream(StreamConfig(frozenset({"example.org"}), tls_available=False, tls_required=False))
+        self.stream = ClientStream(self.streams, 1, self.connection, core, ClientLimits(0, 0, 0, 0), lambda: None)
+        self.streams.add(self.stream)
+        self.stream.received(
+            b"<stream:stream to='example.org' version='1.0' xmlns='jabber:client'"
+            b" xmlns:stream='http://etherx.jabber.org/streams'>"
+        )
+        core.authenticated_, core.state = True, State.BINDING
+        self.command(session_bound=SessionBound(session="s", jid="juliet@example.org/r", reply=b"<bound/>"))
+        self.told(self.old)
+
+    async def _link_to(self, router: str) -> RouterLink | None:
+        assert router == "new"
+        await self.reached.wait()
+        return self.new if self.there else None
+
+    def command(self, **what: Any) -> None:
+        self.stream.command(StreamCommand(stream=1, **what))
+
+    def say(self, number: int) -> None:
+        self.stream.received(b"<message id='%d' to='romeo@example.org'/>" % number)
+
+    def told(self, link: RouterLink) -> list[str]:
+        """What a router has been told since this was asked for the last time."""
+        batch, link.outbox.batch = link.outbox.batch, type(link.outbox.batch)()
+        found = []
+        for item in in_order(batch.envelopes, batch.events):
+            if isinstance(item, Envelope):
+                found.append(item.id)
+            else:
+                which = str(item.WhichOneof("event"))
+                found.append(f"{which} {item.move_ready.attempt}" if which == "move_ready" else which)
+        return found
+
+    async def settled(self) -> None:
+        while len(self.tasks):
+            await asyncio.sleep(0)
+
+
+async def test_what_the_client_sends_while_it_moves_goes_to_the_new_router_behind_the_stream() -> None:
+    bound = Bound()
+    bound.say(1)
+    bound.command(prepare_move=PrepareMove(attempt=7))
+    bound.say(2)
+    assert not bound.connection.reading
+    assert bound.told(bound.old) == ["1", "move_ready 7"]
+    bound.command(moved=NEW)
+    bound.say(3)
+    await bound.settled()
+    bound.say(4)
+    assert (bound.told(bound.old), bound.told(bound.new)) == ([], ["attach", "2", "3", "4"])
+    assert bound.connection.reading
+
+
+async def test_a_move_that_does_not_come_about_is_over_before_the_next_one_begins() -> None:
+    """Else what the client has sent in between would be lost, or come behind the answer to the next question."""
+    bound = Bound()
+    bound.command(prepare_move=PrepareMove(attempt=1))
+    bound.say(1)
+    bound.command(moved=Moved())
+    bound.command(prepare_move=PrepareMove(attempt=2))
+    bound.say(2)
+    bound.command(prepare_move=PrepareMove(attempt=3))
+    bound.command(moved=Moved())
+    assert bound.told(bound.old) == ["move_ready 1", "1", "move_ready 2", "move_ready 3", "2"]
+    assert bound.connection.reading
+
+
+async def test_who_leaves_while_the_stream_moves_has_left_at_the_new_router() -> None:
+    bound = Bound()
+    bound.command(prepare_move=PrepareMove(attempt=1))
+    bound.say(1)
+    bound.stream.disconnected("connection reset")
+    assert bound.told(bound.old) == ["move_ready 1"]
+    bound.command(moved=NEW)
+    await bound.settled()
+    assert (bound.told(bound.old), bound.told(bound.new)) == ([], ["attach", "1", "closed"])
+    assert len(bound.streams) == 0
+
+
+async def test_who_leaves_while_a_move_does_not_come_about_has_left_at_the_old_router() -> None:
+    bound = Bound()
+    bound.command(prepare_move=PrepareMove(attempt=1))
+    bound.say(1)
+    bound.stream.received(b"</stream:stream>")
+    bound.stream.disconnected("connection reset")
+    bound.command(moved=Moved())
+    assert bound.told(bound.old) == ["move_ready 1", "1", "closed"]
+    assert len(bound.streams) == 0
+
+
+async def test_a_stream_that_is_closed_while_it_moves_is_closed_at_the_new_router() -> None:
+    bound = Bound()
+    bound.command(prepare_move=PrepareMove(attempt=1))
+    bound.say(1)
+    bound.command(close=CloseStream(condition="conflict"))
+    assert bound.connection.closed
+    assert b"<conflict" in bound.connection.written
+    bound.command(moved=NEW)
+    await bound.settled()
+    assert (bound.told(bound.old), bound.told(bound.new)) == (["move_ready 1"], ["attach", "closed"])
+    assert len(bound.streams) == 0
+
+
+async def test_a_connector_that_drains_while_the_stream_moves_tells_the_new_router() -> None:
+    bound = Bound()
+    bound.command(prepare_move=PrepareMove(attempt=1))
+    bound.stream.drain("")
+    bound.command(moved=NEW)
+    await bound.settled()
+    assert (bound.told(bound.old), bound.told(bound.new)) == (["move_ready 1"], ["attach", "leaving"])
+
+
+async def test_a_stream_ends_when_the_new_router_is_out_of_reach() -> None:
+    bound = Bound()
+    bound.there = False
+    bound.command(prepare_move=PrepareMove(attempt=1))
+    bound.command(moved=NEW)
+    await bound.settled()
+    assert b"<system-shutdown" in bound.connection.written
+    assert len(bound.streams) == 0
+
+
+async def test_a_stream_ends_when_its_router_is_lost_in_the_midst_of_a_move() -> None:
+    for left in (False, True):
+        bound = Bound()
+        bound.command(prepare_move=PrepareMove(attempt=1))
+        if left:
+            bound.stream.disconnected("connection reset")
+        bound.stream.router_lost()
+        assert len(bound.streams) == 0
+        assert (b"<system-shutdown" in bound.connection.written) is not left

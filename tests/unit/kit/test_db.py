@@ -1,0 +1,108 @@
+"""A database that does not answer (DESIGN 7): who waits for it, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.kit import db
+from tidings.kit.database_url import DatabaseUrl, parse
+from tidings.kit.db import TRIES, Database, DatabaseAway
+from tidings.testing.mariadb import MariaDB
+
+
+async def silent(database: Database, gate: asyncio.Event) -> str:
+    """One who asks while the database is silent: what becomes of it."""
+    try:
+        async with database.read():
+            await gate.wait()
+    except DatabaseAway:
+        return "away"
+    return "answered"
+
+
+async def test_while_the_database_is_silent_one_waits_and_the_others_are_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "STATEMENT_TIMEOUT", 0.2)
+    monkeypatch.setattr(db, "TRY_TIMEOUT", 0.2)
+    database = Database(DatabaseUrl("sqlite", path=tmp_path / "t.sqlite"))
+    await database.start()
+    gate = asyncio.Event()
+    assert await silent(database, gate) == "away"
+    trying = asyncio.get_running_loop().create_task(silent(database, gate), name="the one who tries")
+    await asyncio.sleep(0)
+    started = time.monotonic()
+    assert [await silent(database, gate) for _ in range(20)] == ["away"] * 20
+    assert time.monotonic() - started < 0.15, "nobody has waited"
+    assert await trying == "away"
+    gate.set()
+    assert await silent(database, gate) == "answered"
+    assert await asyncio.gather(*(silent(database, gate) for _ in range(5))) == ["answered"] * 5
+    await database.stop()
+
+
+@asynccontextmanager
+async def opened(url: DatabaseUrl) -> AsyncIterator[Database]:
+    database = Database(url)
+    await database.start()
+    try:
+        yield database
+    finally:
+        await database.stop()
+
+
+# Full tables and disks, out of step with a Galera cluster, read-only, a lock that somebody else keeps, no rights.
+@pytest.mark.parametrize("number", [1021, 1114, 1047, 1290, 1836, 1205, 1142, 1969])
+async def test_what_the_server_can_not_do_now_is_away_and_nobody_dies_of_it(mariadb: MariaDB, number: int) -> None:
+    async with opened(parse(mariadb.create_database())) as database:
+        with pytest.raises(DatabaseAway, match=str(number)):
+            async with database.write() as connection:
+                await connection.execute(refusal(number))
+        await database.ping()
+
+
+async def test_a_password_that_is_no_longer_right_is_away_too(mariadb: MariaDB) -> None:
+    url = parse(mariadb.create_database())
+    async with opened(replace(url, password="an old one")) as database:
+        with pytest.raises(DatabaseAway, match="Access denied"):
+            await database.ping()
+
+
+async def test_a_transaction_that_meets_others_is_tried_again_and_then_away(mariadb: MariaDB) -> None:
+    async with opened(parse(mariadb.create_database())) as database:
+        tried = 0
+
+        async def meet_others(connection: AsyncConnection) -> str:
+            nonlocal tried
+            tried += 1
+            if tried != TRIES + 3:
+                await connection.execute(refusal(1213))
+            return "done"
+
+        with pytest.raises(DatabaseAway):
+            await database.transaction(meet_others)
+        assert tried == TRIES
+        assert await database.transaction(meet_others) == "done"
+        assert tried == TRIES + 3
+
+
+async def test_a_statement_that_is_wrong_is_no_database_that_is_away(database_url: DatabaseUrl) -> None:
+    async with opened(database_url) as database:
+        with pytest.raises((OperationalError, ProgrammingError)):
+            async with database.write() as connection:
+                await connection.execute(sa.text("select * from nowhere"))
+
+
+def refusal(number: int) -> sa.TextClause:
+    """Makes the server answer with an error of that number."""
+    return sa.text(f"signal sqlstate 'HY000' set mysql_errno = {number}, message_text = 'no'")

@@ -1,0 +1,213 @@
+"""Routers with stores in memory and real forwarding between them, without gRPC: for tests of what becomes of stanzas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from services.router import module_loader
+from services.router.app import StrategyContext
+from services.router.component_links import ComponentLinks
+from services.router.rosters import Rosters
+from services.router.routing import Routing
+from services.router.sessions import Session, Sessions
+from services.router.store import AccountStore, MessageStore, RosterStore
+from services.router.store_memory import (
+    MemoryAccountStore,
+    MemoryMessageStore,
+    MemoryRosterStore,
+    MemorySessionTable,
+)
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.cluster.forwarding import Forwarder, Item, Sent
+from tidings.cluster.node import Node, NodeState
+from tidings.cluster.strategies.home import Home
+from tidings.cluster.strategy import Factory, Plan
+from tidings.cluster.view import ClusterView
+from tidings.kit import options
+from tidings.kit.metrics import Metrics
+from tidings.kit.module import IQ, MESSAGE, PRESENCE, Hooks, ModuleSpec
+from tidings.kit.tasks import Tasks
+from tidings.xmpp.jid import Jid
+
+HOST = "example.org"
+
+
+class Link:
+    """A connector's link: takes what is written to sessions."""
+
+    incarnation = "c1"
+    name = "c1"
+
+    def __init__(self) -> None:
+        self.written: list[tuple[str, Envelope]] = []
+
+    def deliver(self, session: Session, envelope: Envelope) -> None:
+        self.written.append((session.jid_text, envelope))
+
+    def unbound(self, session: Session) -> None:
+        """Nothing more comes from it."""
+
+    def of(self, session: Session) -> list[Envelope]:
+        return [envelope for jid, envelope in self.written if jid == session.jid_text]
+
+    def bodies(self, session: Session) -> list[str]:
+        return [envelope.id for envelope in self.of(session) if envelope.kind == MESSAGE]
+
+
+class Links:
+    """Satisfies what a routing needs of its links: what is sent to a router arrives there a tick later."""
+
+    def __init__(self, own: str, routers: dict[str, MemoryRouter]) -> None:
+        self._own = own
+        self._routers = routers
+        self.sent: list[tuple[str, Item]] = []
+
+    def crowded(self, plan: Plan) -> bool:
+        return False
+
+    def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
+        self.sent.append((node, item))
+        asyncio.get_running_loop().call_soon(self._arrive, node, item, sent, refusals_seen)
+
+    def _arrive(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
+        here, there = self._routers[self._own].forwarder, self._routers[node].forwarder
+        payload = item.payload
+        if isinstance(payload, Envelope):
+            payload = Envelope.FromString(payload.SerializeToString())
+            payload.to_jid = payload.to_jid or item.account
+
+        def answered(taken: Item) -> None:
+            if taken.taken:
+                here.taken(sent, taken.content)
+            else:
+                here.refused(sent, there.view.version if item.mode == 1 else 0)
+
+        copy = Item(item.flow[:2], item.account, item.resource, payload, item.mode, source=self._own, answer=answered)
+        there.incoming(copy, here.view.version, refusals_seen)
+
+
+class CountingTable(MemorySessionTable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    async def of_account(self, account: Jid) -> Any:
+        self.asked += 1
+        return await super().of_account(account)
+
+
+class Stores:
+    """What the routers of one test share."""
+
+    def __init__(self) -> None:
+        self.accounts: AccountStore = MemoryAccountStore()
+        self.rosters: RosterStore = MemoryRosterStore()
+        self.messages: MessageStore = MemoryMessageStore()
+        self.table = CountingTable()
+
+
+class MemoryRouter:
+    """One router; `hooks` are what its modules have registered."""
+
+    def __init__(
+        self,
+        own: str = "r1",
+        routers: dict[str, MemoryRouter] | None = None,
+        stores: Stores | None = None,
+        strategy: Factory = Home,
+        modules: Sequence[ModuleSpec] = (),
+        negotiator: Any = None,
+    ) -> None:
+        routers = {} if routers is None else routers
+        routers[own] = self
+        self.own = own
+        self.stores = stores or Stores()
+        self.tasks = Tasks()
+        self.sessions = Sessions()
+        self.hooks = Hooks()
+        self.links = Links(own, routers)
+        self.link = Link()
+        hosts = frozenset((HOST,))
+        components = ComponentLinks(hosts, lambda _name: ())
+        links: Any = self.links
+        self.routing = Routing(
+            hosts, self.sessions, self.hooks, self.stores.accounts, components, self.stores.table, links, own,
+            _no_newer_view, self.tasks.spawn,
+        )  # fmt: skip
+        made = strategy(own, StrategyContext(self.routing, self.sessions))
+        self.forwarder = Forwarder(made, self.routing)
+        self.routing.start(made, self.forwarder)
+        self.rosters = Rosters(self.stores.rosters)
+        ports: dict[Any, Any] = {
+            AccountStore: self.stores.accounts,
+            RosterStore: self.stores.rosters,
+            MessageStore: self.stores.messages,
+            Rosters: self.rosters,
+        }
+        self.for_modules = module_loader.RouterForModules(
+            self.routing, self.sessions, self.stores.accounts, components, ports, negotiator, self.tasks.spawn
+        )
+        given = options.load([f"--virt-hosts={HOST}"], {})
+        module_loader.load(list(modules), self.hooks, self.for_modules, given, Metrics())
+
+    def see(self, view: ClusterView) -> None:
+        self.routing.view_changed(view)
+        self.forwarder.view_changed(view)
+
+    async def session(self, local: str, resource: str = "r", available: bool = True) -> Session:
+        link: Any = self.link
+        session = Session(Jid(local, HOST, resource), "en", link, len(self.sessions) + 1, self.tasks.spawn)
+        await self.stores.table.bind(session.jid, session.id, self.own)
+        self.sessions.add(session)
+        self.routing.strategy.session_opened(session.account, resource)
+        session.presence = b"<presence/>" if available else None
+        return session
+
+    async def end(self, session: Session) -> None:
+        """As the end of its stream would, but for the database."""
+        self.sessions.remove(session)
+        session.link = None
+        self.routing.strategy.session_closed(session.account, session.jid.resource)
+        await self.stores.table.end(session.jid, session.id, session.epoch)
+        await self.routing.endings.tell(session, session.presence is not None)
+
+    async def send(self, session: Session, envelope: Envelope) -> None:
+        """As its connector would; returns when it is worked off."""
+        envelope.from_jid = session.jid_text
+        session.lane.run(self.routing.from_session, session, envelope)
+        await session.lane.idle()
+
+    async def stop(self) -> None:
+        await self.tasks.stop()
+
+
+async def _no_newer_view(_timeout: float) -> bool:
+    return False
+
+
+def view(version: int, **states: NodeState) -> ClusterView:
+    return ClusterView(
+        version, [Node(name, name, "127.0.0.1", 1, ("router",), state) for name, state in states.items()]
+    )
+
+
+def message(id_: str, to: str, type_: str = "chat") -> Envelope:
+    """Its id says which it is."""
+    raw = f"<message id='{id_}' to='{to}' type='{type_}'><body>x</body></message>".encode()
+    return Envelope(kind=MESSAGE, type=type_, id=id_, to_jid=to, children=["body"], stanza=raw)
+
+
+def iq(type_: str, id_: str, to: str, *children: str) -> Envelope:
+    return Envelope(kind=IQ, type=type_, id=id_, to_jid=to, children=children, stanza=b"<iq/>")
+
+
+def presence(to: str = "", type_: str = "") -> Envelope:
+    return Envelope(kind=PRESENCE, type=type_, to_jid=to, stanza=b"<presence/>")
+
+
+async def until(condition: Callable[[], bool], timeout: float = 5.0) -> None:
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.005)

@@ -1,0 +1,160 @@
+"""A session has a row and a row has a session, whatever the database leaves open (services/router/binding.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.router import binding, orphans
+from tests.unit.router.nodes import FAILED, HOST, UP, Client, at_home, at_once, away, running, soon
+from tidings.api.registry.v1.registry_pb2 import ListNodesResponse
+from tidings.api.registry.v1.registry_pb2_grpc import (
+    RegistryServiceServicer,
+    add_RegistryServiceServicer_to_server,
+)
+from tidings.api.router.v1.router_pb2 import EndSessionRequest
+from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
+from tidings.cluster.node import Node
+from tidings.cluster.view import ClusterView
+from tidings.kit.node_messages import node_into
+from tidings.xmpp.jid import Jid
+
+JULIET = Jid("juliet", HOST, "r")
+
+
+async def test_a_bind_of_which_nobody_knows_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "RETRY", 0.05)
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        await nodes.account("juliet")
+        client = Client(nodes, "juliet")
+        await client.open("<mechanisms")
+        await client.authenticate()
+        await client.open("<bind")
+        nodes.databases["a"].behind = away
+        client.bind()
+        await client.until("resource-constraint")
+        assert len(await nodes.rows("juliet")) == 1, "it was committed all the same"
+        nodes.databases["a"].behind = at_once
+        async with asyncio.timeout(5):
+            while await nodes.rows("juliet"):
+                await asyncio.sleep(0.01)
+        client.bind()
+        await client.until("<jid>")
+
+
+async def test_a_session_that_is_ended_for_another_one_ends_whole_though_its_caller_waits_no_longer(
+    tmp_path: Path,
+) -> None:
+    """gRPC cancels a handler at its caller's deadline; half an end would leave a row that nobody can pass."""
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a", "b")
+        juliet = await nodes.client(at_home("juliet", ab="a"))
+        romeo = await nodes.client(at_home("romeo", ab="b"))
+        juliet.send(f"<presence to='{romeo.name}@{HOST}/r'/>")
+        await soon(lambda: juliet.name in romeo.written, "directed presence")
+        (row,) = await nodes.rows(juliet.name)
+        nodes.databases["a"].before = lambda: asyncio.sleep(0.2)
+        stub: Any = RouterServiceStub(nodes.served["a"].channel(nodes.members["b"].node))
+        with pytest.raises(Exception, match="Deadline"):
+            await stub.EndSession(EndSessionRequest(session=row.session, jid=str(row.jid)), timeout=0.05)
+        await soon(lambda: "unavailable" in romeo.written, "who saw it is told")
+        assert await nodes.rows(juliet.name) == []
+        assert "<conflict" in juliet.written
+
+
+async def test_a_row_without_a_session_is_no_obstacle(tmp_path: Path) -> None:
+    """Neither at the router that the row names, nor at another one."""
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a", "b")
+        name = at_home("juliet", ab="a")
+        await nodes.table.bind(Jid(name, HOST, "r"), "left", "b")
+        client = await nodes.client(name)
+        (row,) = await nodes.rows(name)
+        assert row.router == "a"
+        client.say(f"{name}@{HOST}/r", 1)
+        await soon(lambda: client.numbers() == [1], "it gets messages")
+
+
+async def test_rows_without_a_session_are_ended_when_they_were_seen_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binding, "SWEEP", 0.05)
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        there = await nodes.client("romeo")
+        await nodes.table.bind(JULIET, "left", "a")
+        async with asyncio.timeout(5):
+            while await nodes.rows("juliet"):
+                await asyncio.sleep(0.01)
+        assert len(await nodes.rows("romeo")) == 1
+        assert not there.closed
+
+
+async def test_a_router_that_was_put_out_ends_no_session_for_the_others(tmp_path: Path) -> None:
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a", "b")
+        juliet = await nodes.client(at_home("juliet", ab="a"))
+        nodes.tell("a", a=FAILED, b=UP)
+        juliet.disconnect()
+        await soon(lambda: nodes.session("a", juliet.name) is None, "its session is gone")
+        await soon(lambda: not nodes.routers["a"].is_busy(), "and over")
+        (row,) = await nodes.rows(juliet.name)
+        assert row.router == "a", "the others end it"
+
+
+async def test_who_becomes_available_behind_a_move_is_noted_so(tmp_path: Path) -> None:
+    """Its row said that nobody had seen it; were that left, nobody would be told when its router dies."""
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a")
+        juliet = await nodes.client(at_home("juliet", ab="b"))
+        juliet.send("<presence type='unavailable'/>")
+        session = nodes.session("a", juliet.name)
+        assert session is not None
+        await soon(lambda: session.seen_available is False, "it is seen no longer")
+        nodes.tell(a=UP, b=UP)
+        await nodes.is_at("b", juliet.name)
+        for presence, available in (("<presence/>", True), ("<presence type='unavailable'/>", False)):
+            juliet.send(presence)
+            async with asyncio.timeout(5):
+                while [row.available for row in await nodes.rows(juliet.name)] != [available]:
+                    await asyncio.sleep(0.01)
+
+
+class Registry(RegistryServiceServicer):
+    """Tells a view."""
+
+    def __init__(self) -> None:
+        self.view = ClusterView()
+        self.asked = 0
+
+    async def ListNodes(self, request: Any, context: Any) -> ListNodesResponse:
+        self.asked += 1
+        response = ListNodesResponse(view_version=self.view.version)
+        for node in self.view:
+            node_into(node, response.nodes.add())
+        return response
+
+
+async def test_sessions_of_a_router_that_only_our_view_does_not_show_live_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view may stand still; then sessions of a router that has only just come look like orphans."""
+    monkeypatch.setattr(orphans, "SWEEP", 0.05)
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        registry, registries = Registry(), nodes.served_by("registry")
+        registries.add(add_RegistryServiceServicer_to_server, registry, "tidings.api.registry.v1.RegistryService")
+        router_b = Node("b", "b", "127.0.0.1", 1, ("router",), UP)
+        registry.view = ClusterView(9, [nodes.members["a"].node, router_b])
+        await nodes.table.bind(JULIET, "s", "b")
+        nodes.tell(a=UP, registry=UP)
+        await soon(lambda: registry.asked >= 3, "the registry is asked")
+        assert len(await nodes.rows("juliet")) == 1
+        registry.view = ClusterView(10, [nodes.members["a"].node])
+        async with asyncio.timeout(5):
+            while await nodes.rows("juliet"):
+                await asyncio.sleep(0.01)
