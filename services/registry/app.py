@@ -32,7 +32,9 @@ class Registry:
     def __init__(self, context: Context) -> None:
         self._shared_database = context.database
         # A storm of log-ins must not hold up beats. SQLite has one writer anyway.
-        self._database = context.database if context.database.sqlite else Database(context.database.url)
+        self._database = (
+            context.database if context.database.sqlite else Database(context.database.url, connections=4)
+        )
         self._tasks = context.tasks
         self._channels = context.channels
         self._members = Members(

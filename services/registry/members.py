@@ -106,6 +106,8 @@ class Members:
         replaced = (present.address, present.port) == (node.address, node.port)
         dead = replaced or await self._witnesses.here(present) is Outcome.REFUSED
         wait = min(LATE, self._lease) if dead else self._lease
+        if replaced and node.host and node.host == present.host:
+            wait = 0.0  # one host, one address: only one of two can listen there
         deadline = self._clock() + wait - self._observer.stood(present, self._clock())
         while self._clock() < deadline:
             await asyncio.sleep(min(LOOK, wait / 4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from tidings.cluster.node import Node, NodeState
 from tidings.kit.probe import Outcome
@@ -30,14 +30,14 @@ class Witnesses:
         """What this process finds."""
         return await self._probe(node.address, node.port)
 
-    async def prove_dead(self, node: Node, nodes: Iterable[Node], refused_reporter: str, late: bool) -> bool:
+    async def prove_dead(self, node: Node, nodes: Sequence[Node], refused_reporter: str, late: bool) -> bool:
         """Whether a node is proven dead: this registry, and one more node where there is one, find a new connection
         refused. `refused_reporter`: the incarnation that has found it refused already; '': none. `late`: its beat
         has stood still for so long that it should have come: who has no witness may be behind a firewall that
         refuses everything, and then the others' beats go on."""
         if await self.here(node) is not Outcome.REFUSED:
             return False
-        others = self._independent(node, list(nodes))
+        others = self._independent(node, nodes)
         if any(other.incarnation == refused_reporter for other in others):
             return True
         outcomes = await asyncio.gather(*(self._outcome(other, node) for other in others[:WITNESSES]))
@@ -45,13 +45,15 @@ class Witnesses:
             return False
         if any(outcome is not None for outcome in outcomes):
             return Outcome.REFUSED in outcomes
-        # None of them can be asked: then they may be dead themselves, each with its own proof.
-        return late and all([await self.here(other) is Outcome.REFUSED for other in others[:WITNESSES]])
+        # None of them can be asked: then they may be dead themselves, each with its own proof. On our own host no
+        # firewall is between.
+        certain = late or node.host == self._own_host(nodes)
+        return certain and all([await self.here(other) is Outcome.REFUSED for other in others[:WITNESSES]])
 
-    def _independent(self, node: Node, nodes: list[Node]) -> list[Node]:
+    def _independent(self, node: Node, nodes: Sequence[Node]) -> list[Node]:
         """The nodes that can see something else than this process does: what refuses us on the way to another host
         refuses everybody on our own host too."""
-        here = next((other.host for other in nodes if other.incarnation == self._own), None)
+        here = self._own_host(nodes)
         return [
             other
             for other in nodes
@@ -59,6 +61,9 @@ class Witnesses:
             and other.state is NodeState.UP
             and (other.host != here or node.host == here)
         ]
+
+    def _own_host(self, nodes: Iterable[Node]) -> str | None:
+        return next((other.host for other in nodes if other.incarnation == self._own), None)
 
     async def not_reaching(self, node: Node, nodes: Iterable[Node]) -> list[str]:
         """The routers and registries that do not get through to a node that joins, by name. It would be put out again

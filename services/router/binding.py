@@ -104,7 +104,13 @@ class Binding:
                 session.epoch = 1
         raise StanzaError("resource-constraint", "others bind the same resource; try again", type="wait")
 
-    async def _ended_elsewhere(self, row: SessionRow) -> bool:
+    async def end_elsewhere(self, account: Jid) -> None:
+        """Has the other routers end their sessions of an account that is removed. Raises DatabaseAway."""
+        for row in await self._table.of_account(account):
+            if row.router != self._own:
+                await self._ended_elsewhere(row, account_removed=True)
+
+    async def _ended_elsewhere(self, row: SessionRow, account_removed: bool = False) -> bool:
         """Has another router end its session; False when that router is no more."""
         node = self._member.view.by_incarnation(row.router)
         if node is None:
@@ -114,7 +120,8 @@ class Binding:
         if node is None or node.state is NodeState.FAILED:
             return False
         try:
-            await self._peers.end(node, EndSessionRequest(session=row.session, jid=str(row.jid)))
+            request = EndSessionRequest(session=row.session, jid=str(row.jid), account_removed=account_removed)
+            await self._peers.end(node, request)
         except Failed as error:
             log.info("session_not_ended", router=node.hostname, reason=str(error))
         return True

@@ -23,7 +23,7 @@ from tidings.cluster.view import ClusterView
 from tidings.kit.link import INTERVAL, Gap, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.rpc_errors import describe, error_detail
-from tidings.kit.tasks import Tasks
+from tidings.kit.tasks import Tasks, is_cancelled
 
 if TYPE_CHECKING:
     from tidings.kit.channel import Channels
@@ -278,6 +278,10 @@ class ForwardLinks:
                     self._member.report(node, why)
             except Gap as error:
                 why = str(error)
+            except asyncio.CancelledError:
+                if is_cancelled():
+                    raise
+                why = "this side has ended the call"
             except (TimeoutError, OSError) as error:
                 why = str(error) or "no answer"
                 self._member.report(node, why)

@@ -176,7 +176,8 @@ class RouterApi(RouterServiceServicer):
         try:
             session = self._sessions.get(request.session)
             if session is not None:
-                await self._negotiator.displace(session)
+                end = self._negotiator.remove if request.account_removed else self._negotiator.displace
+                await end(session)
             else:
                 await self._binding.clear(Jid.parse(request.jid), request.session)
         except (DatabaseAway, JidError) as error:

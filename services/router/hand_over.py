@@ -91,6 +91,9 @@ class HandOver:
         self._peers = peers
         self._spawn = spawn
         self._view = ClusterView()
+        # The other routers that serve, as far as is known, and those of them that take sessions now.
+        self._others: list[Node] = []
+        self._takers: list[str] = []
         self._draining = False
         self._slots = asyncio.Semaphore(AT_ONCE)
         # By session: which question its connector is to answer, and who waits for that.
@@ -110,13 +113,15 @@ class HandOver:
     def view_changed(self, view: ClusterView) -> None:
         """Called when the strategy knows the view."""
         self._view = view
+        self._others = [node for node in routers(view) if node.incarnation != self._own]
+        self._takers = [node.incarnation for node in self._others if node.state is NodeState.UP]
         for session in self._sessions:
             self.place(session)
 
     async def drain(self, more: Callable[[], bool]) -> None:
         """Hands over all sessions; returns when none is left and no `more` are to come, or nobody can take them."""
         self._draining = True
-        while self._others(NodeState.UP, NodeState.SUSPECT) and (len(self._sessions) or more()):
+        while self._others and (len(self._sessions) or more()):
             for session in self._sessions:
                 self.place(session)
             await asyncio.sleep(LOOK * 4)
@@ -124,18 +129,10 @@ class HandOver:
     def target(self, account: str) -> Node | None:
         """The other router that is to keep the sessions of an account; None when it is this one, or the other can't
         take them now: a suspect one is back, or has failed, by a view that comes soon."""
-        keeper = self._view.by_incarnation(self._routing.strategy.keeper(account))
-        if self._draining and (keeper is None or keeper.incarnation == self._own or keeper.state is not NodeState.UP):
-            others = self._others(NodeState.UP)
-            keeper = self._view.by_incarnation(rendezvous(account, others)) if others else None
-        if keeper is None or keeper.incarnation == self._own or keeper.state is not NodeState.UP:
-            return None
-        return keeper
-
-    def _others(self, *states: NodeState) -> list[str]:
-        return [
-            node.incarnation for node in routers(self._view) if node.incarnation != self._own and node.state in states
-        ]
+        keeper = self._routing.strategy.keeper(account)
+        if self._draining and self._takers and keeper not in self._takers:
+            keeper = rendezvous(account, self._takers)
+        return self._view.by_incarnation(keeper) if keeper in self._takers else None
 
     def place(self, session: Session) -> None:
         """Starts to hand a session over, if it belongs elsewhere."""

@@ -339,17 +339,25 @@ class Negotiator:
     async def displace(self, session: Session) -> None:
         """RFC 6120 7.7.2.2: the newcomer wins, so that a client whose old connection hangs gets in again."""
         log.info("resource_conflict", account=session.account)
+        await self.close(session, "conflict", "replaced by a new connection")
+
+    async def close(self, session: Session, condition: str, text: str) -> None:
+        """Ends a session and its stream, with an error."""
         await self.hand_over.settled(session)
         if session.link is not None:
-            session.link.close(session.stream, "conflict", "replaced by a new connection")
+            session.link.close(session.stream, condition, text)
         await self.end(session)
 
+    async def remove(self, session: Session) -> None:
+        """RFC 6120 4.9.3.12: its account is no more."""
+        await self.close(session, "not-authorized", "the account was removed")
+
     async def delete_account(self, account: Jid) -> None:
-        """Ends an account's sessions, removes what modules store for it, then the account itself."""
+        """Ends an account's sessions, wherever they are, removes what modules store for it, then the account itself.
+        Raises DatabaseAway."""
         for session in list(self._sessions.of(str(account)).values()):
-            if session.link is not None:
-                session.link.close(session.stream, "not-authorized", "the account was removed")
-            await self.end(session)
+            await self.remove(session)
+        await self._binding.end_elsewhere(account)
         for handler in self._hooks.account_deleted:
             result = handler(account)
             if result is not None:

@@ -68,7 +68,8 @@ MEMBERSHIP_HEAD = """
 
 Per second, of all nodes together, idle and while users write. Nodes with a registry of their own beat and read the table
 `cluster_nodes` through the database, so no membership traffic goes between them as long as nobody joins, leaves or fails.
-*Statements* and *bytes* are those of the database; stanzas for users who are online cost it nothing.
+*Statements* and *bytes* are those of the database; stanzas for users who are online cost it nothing. Its bytes grow
+faster than the number of nodes, for each reads the rows of all.
 
 | strategy | nodes | idle: messages between nodes | statements | bytes | writing: messages between nodes | statements | bytes |
 |---|--:|--:|--:|--:|--:|--:|--:|
@@ -78,7 +79,8 @@ CHANGES_HEAD = """
 ## A minute after a join and after a crash
 
 Three nodes; a fourth one is started, and a minute later one of the first three is killed (`kill -9`), while users go
-on writing. Whose node is gone logs in at the one that had joined. Per stanza, as above:
+on writing. Whose node is gone logs in at the one that had joined; who is not logged in writes nothing. Per stanza, as
+above:
 
 | strategy | | stanzas | copies | again | answers | bytes between routers | connectors | bytes |
 |---|---|--:|--:|--:|--:|--:|--:|--:|

@@ -93,6 +93,7 @@ def test_three_nodes_start_are_shown_live_and_leave_nothing_behind(terminal: Ter
 
     assert asyncio.run(chat(terminal.port, password)) == "But soft!"
 
+    terminal.until("Ctrl-C ends")
     assert doomed in [process.pid for process in mine]
     os.kill(doomed, signal.SIGKILL)
     terminal.until(r"n3\.test\s+failed", 10)

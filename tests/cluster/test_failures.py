@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -215,3 +216,22 @@ async def test_watching_goes_on_where_it_ended(three: Cluster) -> None:
         assert update.HasField("change")
         assert (update.change.node.hostname, update.view_version) == ("n3.test", before + 1)
         call.cancel()
+
+
+@pytest.mark.parametrize("strategy", ["broadcast", "home"])
+async def test_an_account_that_is_removed_loses_its_sessions_at_all_nodes(
+    cluster_of: Callable[..., Cluster], strategy: str
+) -> None:
+    """RFC 6120 4.9.3.12, XEP-0077 3.2: whichever node removes it."""
+    three = cluster_of(3, strategy=strategy)
+    three.installation.start()
+    await three.up()
+    await three.installation.add_account("gone@localhost")
+    sessions = [await three.client(node, "gone", f"r{node}") for node in range(3)]
+    removed = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tidings", "user", "remove", "gone@localhost",
+        f"--bind-address={three.installation.address_of(1, 'router')}", *three.installation.arguments(1),
+        env=three.installation.environment(), cwd=three.installation.folder,
+    )  # fmt: skip
+    assert await asyncio.wait_for(removed.wait(), 30) == 0
+    assert [(await session.closed(10)).condition for session in sessions] == ["not-authorized"] * 3

@@ -75,19 +75,17 @@ async def test_a_node_joins_while_clients_chat(cluster_of: Callable[..., Cluster
     await three.until({"n1.test": "up", "n2.test": "up"})
     chat = Chat(await pairs(three, [0, 1]))
     one_way = await OneWay.make(three)
-    joined = asyncio.Event()
+    joined = 0.0
 
     async def join() -> None:
-        await asyncio.sleep(0.05)
+        nonlocal joined
         three.installation.start_node(2)
         await three.up()
-        await asyncio.sleep(0.09)
-        joined.set()
-
-    ends = time.monotonic() + 6
+        joined = time.monotonic()
 
     def over() -> bool:
-        return joined.is_set() and time.monotonic() > ends
+        """Sessions that the new router did not take at once go a second later."""
+        return joined > 0 and time.monotonic() > joined + 2.5
 
     await asyncio.gather(chat.run(over), one_way.run(over), join())
     moved = sum(three.installation.log(name).count('"session_moved"') for name in ("n1", "n2"))
@@ -97,7 +95,7 @@ async def test_a_node_joins_while_clients_chat(cluster_of: Callable[..., Cluster
     )
     assert (moved > 0) == (strategy == "home")
     assert chat.strange == []
-    assert chat.sent > 1000
+    assert chat.sent > 200
 
 
 async def test_a_router_of_its_own_drains_and_no_client_notices(cluster_of: Callable[..., Cluster]) -> None:

@@ -24,7 +24,7 @@ def drain(arguments: tuple[str, ...]) -> int:
     options, words = load_options(arguments)
     if len(words) != 1:
         raise Failed("name one node, as `tidings nodes` lists it: tidings drain n2.example.org")
-    asyncio.run(_drain(options, words[0]))
+    asyncio.run(_drain(options, words[0].lower()))
     return OK
 
 

@@ -84,8 +84,10 @@ BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 class Database:
     """The database of one process, shared by its services."""
 
-    def __init__(self, url: DatabaseUrl) -> None:
+    def __init__(self, url: DatabaseUrl, connections: int = 2 * POOL_SIZE) -> None:
+        """`connections`: how many at the most, to MySQL."""
         self.url = url
+        self._connections = connections
         self._engine: AsyncEngine | None = None
         # SQLite has one writer; here they wait in order instead of trying again and again.
         self._writer = asyncio.Lock()
@@ -99,7 +101,7 @@ class Database:
 
     async def start(self) -> None:
         """Opens the pool. Connections are made when they are needed."""
-        self._engine = _sqlite_engine(self.url) if self.sqlite else _mysql_engine(self.url)
+        self._engine = _sqlite_engine(self.url) if self.sqlite else _mysql_engine(self.url, self._connections)
 
     async def stop(self) -> None:
         if self._engine is not None:
@@ -250,11 +252,12 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
     return engine
 
 
-def _mysql_engine(url: DatabaseUrl) -> AsyncEngine:
+def _mysql_engine(url: DatabaseUrl, connections: int) -> AsyncEngine:
     host, port = url.hosts[0]
     engine = create_async_engine(
         sa.URL.create("mysql+aiomysql", url.user, url.password, host, port, url.database),
-        pool_size=POOL_SIZE, max_overflow=POOL_SIZE, pool_timeout=POOL_TIMEOUT, pool_recycle=600,
+        pool_size=min(POOL_SIZE, connections), max_overflow=max(0, connections - POOL_SIZE),
+        pool_timeout=POOL_TIMEOUT, pool_recycle=600,
         isolation_level="READ COMMITTED",
         connect_args={"connect_timeout": CONNECT_TIMEOUT, "charset": "utf8mb4"},
     )  # fmt: skip

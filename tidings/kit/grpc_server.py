@@ -205,7 +205,11 @@ class ClusterServer:
         """Ends the calls of those who are no longer who they were: a failed node is refused on open streams too."""
         for task, (method, caller) in list(self._running.items()):
             now = self._identify(caller.certificate.encode())
-            if now is None or not allowed(method, now) or caller.incarnation not in ("", now.incarnation):
+            if (
+                now is None
+                or not allowed(method, now)
+                or ("" not in (caller.incarnation, now.incarnation) and caller.incarnation != now.incarnation)
+            ):
                 log.info("call_ended", method=method, caller=caller.name, incarnation=caller.incarnation)
                 task.cancel()
 

@@ -50,7 +50,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("cluster-port", T.PORT, "5777", "The cluster port: gRPC between services, always mutual TLS."),
     Option("cluster-secret", T.SECRET, "", "A secret of at least 20 characters whose knowledge makes a process a member of the cluster."),
     Option("cluster-host", T.TEXT, "", "The name of this machine, equal for all nodes that fall with it. Default: the kernel's boot id."),
-    Option("cluster-lease", T.SECONDS, "5s", "How long a node's beat may stand still before it counts as failed.", at_least=2),
+    Option("cluster-lease", T.SECONDS, "5s", "How long a node's beat may stand still before it counts as failed.", at_least=3),
     Option("cluster-tls-ca-file", T.PATH, "", "A certificate authority whose leaves are accepted on the cluster port."),
     Option("cluster-tls-cert-file", T.PATH, "", "The certificate to show on the cluster port."),
     Option("cluster-tls-key-file", T.PATH, "", "Its private key."),
@@ -59,7 +59,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("in-process", T.BOOL, "true", "Services of one process talk directly; false makes them dial the cluster port."),
     Option("comp-name-N", T.TEXT, "", "The name of the component switched on by --comp-class-N.", pattern=True),
     Option("comp-class-N", T.COMPONENT, "", "A component to switch on.", pattern=True, example="tigase.pubsub.cluster.PubSubComponentClustered"),
-    Option("component-allow", T.LIST, "", "What the component NAME may register: domains, name.{vhost}, account:NAMESPACE, *.", named=True, example="weather.{vhost}"),
+    Option("component-allow", T.LIST, "", "What the component NAME may register: domains, name.{vhost}, account:NAMESPACE, feed:presence, feed:session-end, *.", named=True, example="weather.{vhost}"),
     # --- sessions ---
     Option("session-copies", T.COUNT, "0", "How many nodes hold a session; 0: two in cluster mode, else one."),
     Option("message-durability", T.CHOICE, "database", "When a message counts as taken. Has no effect yet.", choices=("none", "memory", "database")),

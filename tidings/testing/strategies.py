@@ -7,10 +7,11 @@
 
 Several routers are simulated, each with the real forwarding (`tidings.cluster.forwarding`) and one instance of
 the strategy, over a network that delays, doubles, reorders and drops; views reach the routers up to ten
-seconds apart. Accounts send each other numbered messages while routers join, leave, crash and come back. In
-the end: each message of a router that lived was delivered or is stored, no session has one twice, order is
-kept from each sender to each session, nothing went round and round, and once all is quiet a message reaches
-whoever is there at once. Time is simulated: a run takes some hundred milliseconds.
+seconds apart, and sessions are handed over step by step, so that for a while two routers have each. Accounts
+send each other numbered messages while routers join, leave, crash and come back. In the end: each message of a
+router that lived was delivered or is stored, no session has one twice, order is kept from each sender to each
+session, nothing went round and round, and once all is quiet a message reaches whoever is there at once. Time is
+simulated: a run takes some hundred milliseconds.
 """
 
 from __future__ import annotations

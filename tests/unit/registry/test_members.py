@@ -390,3 +390,12 @@ async def test_a_table_that_was_set_back_ends_all_watches() -> None:
     await watched.refresh()
     assert over == [True]
     assert [node.hostname for node in watched.view] == ["n1"]
+
+
+async def test_a_crashed_node_s_next_start_on_its_host_joins_at_once() -> None:
+    joining = members(lease=1000.0)
+    await joining.join(replace(N1, host="boot-1"))
+    started = time.monotonic()
+    await joining.join(replace(N1, incarnation="i9", host="boot-1"))
+    assert [node.incarnation for node in joining.view] == ["i9"]
+    assert time.monotonic() - started < 0.2

@@ -933,15 +933,19 @@ class EndSessionRequest(google.protobuf.message.Message):
 
     SESSION_FIELD_NUMBER: builtins.int
     JID_FIELD_NUMBER: builtins.int
+    ACCOUNT_REMOVED_FIELD_NUMBER: builtins.int
     session: builtins.str
     jid: builtins.str
+    account_removed: builtins.bool
+    """The account is removed: its stream gets the error <not-authorized/> instead."""
     def __init__(
         self,
         *,
         session: builtins.str = ...,
         jid: builtins.str = ...,
+        account_removed: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["jid", b"jid", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["account_removed", b"account_removed", "jid", b"jid", "session", b"session"]) -> None: ...
 
 global___EndSessionRequest = EndSessionRequest
 

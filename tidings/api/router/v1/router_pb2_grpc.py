@@ -104,7 +104,7 @@ class RouterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def EndSession(self, request, context):
-        """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+        """Ends a session of the receiver, because another one has taken its full JID: its stream gets the error
         <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

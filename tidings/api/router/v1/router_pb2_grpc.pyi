@@ -62,7 +62,7 @@ class RouterServiceStub:
         tidings.api.router.v1.router_pb2.EndSessionRequest,
         tidings.api.router.v1.router_pb2.EndSessionResponse,
     ]
-    """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+    """Ends a session of the receiver, because another one has taken its full JID: its stream gets the error
     <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
     """
 
@@ -110,7 +110,7 @@ class RouterServiceAsyncStub:
         tidings.api.router.v1.router_pb2.EndSessionRequest,
         tidings.api.router.v1.router_pb2.EndSessionResponse,
     ]
-    """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+    """Ends a session of the receiver, because another one has taken its full JID: its stream gets the error
     <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
     """
 
@@ -166,7 +166,7 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         request: tidings.api.router.v1.router_pb2.EndSessionRequest,
         context: _ServicerContext,
     ) -> typing.Union[tidings.api.router.v1.router_pb2.EndSessionResponse, collections.abc.Awaitable[tidings.api.router.v1.router_pb2.EndSessionResponse]]:
-        """Ends a session of the receiver, because another one has taken its full JID. Its stream gets the error
+        """Ends a session of the receiver, because another one has taken its full JID: its stream gets the error
         <conflict/>. Returns when who saw it available has been told of its end; safe to repeat.
         """
 
