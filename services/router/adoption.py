@@ -72,7 +72,7 @@ class Adoption:
         self._spawn = spawn
         self._arrivals: dict[str, _Arrival] = {}
         # Adoptions that are being carried through, by session.
-        self._taking: dict[str, asyncio.Task[Session | TidingsError]] = {}
+        self._taking: dict[str, asyncio.Task[Session | Exception]] = {}
         # Set when this router drains: it takes no more.
         self.draining = False
         # Looks whether a session belongs here; ends a session and its stream.
@@ -95,31 +95,36 @@ class Adoption:
         id_ = request.record.id
         taking = self._taking.get(id_)
         if taking is None:
-            taking = self._taking[id_] = self._spawn(self._take(request, giver), "take a session over")
+            taking = self._taking[id_] = self._spawn(self._outcome(request, giver), "take a session over")
             taking.add_done_callback(lambda _done: self._taking.pop(id_))
         session = await asyncio.shield(taking)
-        if isinstance(session, TidingsError):
+        if isinstance(session, Exception):
             raise session
         ticket = self._tickets.seal(session.connector, session.account, session.id, session.epoch)
         return session.epoch, ticket
 
-    async def _take(self, request: AdoptSessionRequest, giver: str) -> Session | TidingsError:
+    async def _outcome(self, request: AdoptSessionRequest, giver: str) -> Session | Exception:
+        """What is raised is for who asked, if that one still waits."""
+        try:
+            return await self._take(request, giver)
+        except Exception as error:
+            return error
+
+    async def _take(self, request: AdoptSessionRequest, giver: str) -> Session:
         record = request.record
         present = self._sessions.get(record.id)
         if present is not None and present.epoch == record.epoch + 1:
             return present
         if self.draining:
-            return TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "this router drains")
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "this router drains")
         try:
             session = session_of(record, request.stream, self._spawn)
             if not await self._binding.adopt(session.jid, session.id, record.epoch, giver):
-                return TidingsError(
-                    ErrorReason.ERROR_REASON_STALE_EPOCH, f"{record.jid} is not the caller's any more"
-                )
+                raise TidingsError(ErrorReason.ERROR_REASON_STALE_EPOCH, f"{record.jid} is not the caller's any more")
         except JidError as error:
-            return TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, str(error))
+            raise TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, str(error)) from None
         except DatabaseAway:
-            return TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer")
+            raise TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer") from None
         for gone in (present, self._sessions.of(session.account).get(session.jid.resource)):
             if gone is not None:
                 # Its row was taken from it without our noticing.

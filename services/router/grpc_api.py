@@ -182,3 +182,5 @@ class RouterApi(RouterServiceServicer):
                 await self._binding.clear(Jid.parse(request.jid), request.session)
         except (DatabaseAway, JidError) as error:
             log.info("session_not_ended", session=request.session, reason=str(error))
+        except Exception:
+            log.exception("session_end_failed", session=request.session)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -41,19 +41,19 @@ class Peers:
 
     async def adopt(self, node: Node, request: AdoptSessionRequest) -> AdoptSessionResponse:
         """Raises Failed."""
-        return await _answer(self._stub(node).AdoptSession(request, timeout=ADOPT_TIMEOUT))
+        return await _answer(lambda: self._stub(node).AdoptSession(request, timeout=ADOPT_TIMEOUT))
 
     async def end(self, node: Node, request: EndSessionRequest) -> None:
         """Raises Failed."""
-        await _answer(self._stub(node).EndSession(request, timeout=END_TIMEOUT))
+        await _answer(lambda: self._stub(node).EndSession(request, timeout=END_TIMEOUT))
 
     def _stub(self, node: Node) -> Any:
         return RouterServiceStub(self._channels.to(node))
 
 
-async def _answer(call: Awaitable[T]) -> T:
+async def _answer(call: Callable[[], Awaitable[T]]) -> T:
     try:
-        return await call
+        return await call()
     except grpc.RpcError as error:
         raise Failed(reason(error), describe(error)) from None
     except grpc.aio.UsageError as error:

@@ -178,6 +178,8 @@ async def changes(nodes: CountedNodes) -> dict[str, Counted]:
     """Traffic before a join, after it, and after a crash, while users write."""
     chatters = Chatters(USERS, nodes.client_addresses[:BEFORE], nodes.port, nodes.client_addresses[BEFORE])
     meter = Meter(nodes, chatters)
+    await meter.still()
+    await asyncio.sleep(IDLE)
     await chatters.log_in()
     readings = [await meter.still()]
     writing = asyncio.create_task(chatters.write(10_000_000, RATE))

@@ -45,7 +45,7 @@ async def refused(client: RawClient, stanza: str, id_: str) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("how", ["killed", "hung"])
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.whole), "hung"])
 async def test_a_database_that_goes_away_costs_nobody_a_session_and_no_message(three: Cluster, how: str) -> None:
     await three.up()
     await three.installation.add_accounts("carol@localhost", "dave@localhost", "absent@localhost")

@@ -64,7 +64,10 @@ def _amiss(got: list[int], sent: int) -> str:
     return f"of {sent} messages: missing {missing}, {len(got) - len(set(got))} twice"
 
 
-@pytest.mark.parametrize("strategy", ["home", "online-users", "broadcast"])
+OTHER_STRATEGIES = [pytest.param(name, marks=pytest.mark.whole) for name in ("online-users", "broadcast")]
+
+
+@pytest.mark.parametrize("strategy", ["home", *OTHER_STRATEGIES])
 async def test_a_node_joins_while_clients_chat(cluster_of: Callable[..., Cluster], strategy: str) -> None:
     """No stanza is lost, doubled or out of order, and no contact sees presence."""
     three = cluster_of(3, ONE_PROCESS, strategy, "--debug=cluster")
@@ -203,7 +206,7 @@ async def test_a_rolling_restart_with_clients_that_reconnect(three: Cluster) -> 
     assert count > 20
 
 
-@pytest.mark.parametrize("strategy", ["home", "online-users", "broadcast"])
+@pytest.mark.parametrize("strategy", ["home", *OTHER_STRATEGIES])
 async def test_of_two_who_bind_one_full_jid_at_once_exactly_one_stays(
     cluster_of: Callable[..., Cluster], strategy: str
 ) -> None:
@@ -252,6 +255,7 @@ async def ended(client: RawClient) -> str | None:
     return None
 
 
+@pytest.mark.whole
 async def test_an_iq_gets_one_error_when_who_should_answer_dies(three: Cluster) -> None:
     """RFC 6120 8.2.3: one answer or one error, within 30 s, whatever dies."""
     await three.up()

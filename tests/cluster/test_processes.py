@@ -354,6 +354,7 @@ async def test_a_first_start_on_a_terminal_says_once_what_one_process_says(
         os.close(controller)
 
 
+@pytest.mark.whole
 async def test_two_machines_with_processes_are_one_cluster(
     machine_of: Callable[..., Machine], mariadb: MariaDB
 ) -> None:

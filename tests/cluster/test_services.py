@@ -142,7 +142,7 @@ async def test_a_connector_that_was_killed_leaves_no_sessions(four: Installation
     await client.abort()
 
 
-@pytest.mark.parametrize("when", ["failed", "gone"])
+@pytest.mark.parametrize("when", ["failed", pytest.param("gone", marks=pytest.mark.whole)])
 async def test_a_connector_that_was_put_out_while_it_hung_joins_again(tmp_path: Path, when: str) -> None:
     """It has no registry of its own: another process must tell it, though it is no node any more."""
     four = Installation(PROCESSES, tmp_path, ["--cluster-lease=3s"])
@@ -166,6 +166,7 @@ async def test_a_connector_that_was_put_out_while_it_hung_joins_again(tmp_path: 
         four.stop()
 
 
+@pytest.mark.whole
 async def test_a_router_that_stands_still_holds_its_clients_up_and_loses_nothing(tmp_path: Path) -> None:
     """Back-pressure reaches the sending client's socket; memory is bounded, and all arrives in order afterwards."""
     # No rate holds the client up but the router; and it reads more slowly than the router then catches up.

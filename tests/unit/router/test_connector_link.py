@@ -62,6 +62,13 @@ def test_before_there_is_a_session_an_element_that_is_no_stanza_is_told_apart() 
 # --- a link with streams ---
 
 
+class NobodyElsewhere:
+    """The rows of an account that has no sessions at other routers."""
+
+    async def end_elsewhere(self, account: Jid) -> None:
+        return
+
+
 class Attached:
     """A router, and one connector's link to it."""
 
@@ -70,7 +77,8 @@ class Attached:
         nobody: Any = None
         self.negotiator = Negotiator(
             self.router.routing, self.router.sessions, self.router.hooks, authentication=nobody,
-            accounts=self.router.stores.accounts, binding=nobody, hand_over=nobody, adoption=nobody, tickets=nobody,
+            accounts=self.router.stores.accounts, binding=NobodyElsewhere(),  # type: ignore[arg-type]
+            hand_over=nobody, adoption=nobody, tickets=nobody,
             spawn=self.router.tasks.spawn,
         )  # fmt: skip
         self.outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0)
