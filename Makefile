@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check proto proto-check bench clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
+.PHONY: help run cluster test check proto proto-check bench bench-traffic clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
 
 help:  ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -58,10 +58,13 @@ proto-check: $(PROTO_BIN)/.made
 	@diff -r -x __pycache__ -x __init__.py build/proto/tidings/api tidings/api \
 	  || { echo "tidings/api is not what protos/ say: run make proto" >&2; exit 1; }
 
-bench: $(VENV)/.test  ## Measure, and write docs/benchmarks.md (some minutes)
+bench: $(VENV)/.test test-packages  ## Measure, and write docs/benchmarks.md (some minutes)
 	@command -v gcc >/dev/null || { echo "gcc is missing: apt-get install gcc libc6-dev" >&2; exit 1; }
 	gcc -O2 -Wall -o tests/bench/xmppload tests/bench/xmppload.c
 	$(BIN)/python tests/bench/run.py
+
+bench-traffic: $(VENV)/.bench test-packages  ## Count what goes between nodes, and write docs/traffic.md (20 minutes)
+	$(BIN)/python tests/bench/traffic.py
 
 clean:  ## Remove what make has made, but not data/
 	rm -rf $(VENV) .venv-proto build dist *.egg-info
@@ -95,6 +98,10 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/pip
 $(VENV)/.test: $(VENV)/.run
 	@echo "installing what the tests need"
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP) --editable '.[test,bench]'
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.run
