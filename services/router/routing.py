@@ -132,11 +132,12 @@ class Routing:
         kind = envelope.kind
         if kind != MESSAGE and self._sessions.get(session.id) is not session:
             return None  # it has ended meanwhile: nobody is to see it available, or to answer it
-        session.number = envelope.number = session.number + 1
+        session.number = number = session.number + 1
+        envelope.number = number
         envelope.origin = session.id
         self.received += 1
         try:
-            to = self._in_order(envelope, session)
+            to = self._in_order(envelope, kind, session)
         except (StanzaError, JidError) as error:
             self.answers.refuse(envelope, error, session)
             return None
@@ -156,18 +157,19 @@ class Routing:
             self.answers.failed(envelope)
             return None
 
-    def _in_order(self, envelope: Envelope, session: Session) -> Jid:
+    def _in_order(self, envelope: Envelope, kind: int, session: Session) -> Jid:
         """Where a stanza that is in order goes; an IQ request to somebody else waits for its answer from here on.
         Raises StanzaError, JidError."""
-        if envelope.to_jid:
-            to = Jid.parse(envelope.to_jid)
-            if envelope.to_jid != str(to):
+        text = envelope.to_jid
+        if text:
+            to = Jid.parse(text)
+            if text != str(to):
                 envelope.to_jid = str(to)
         else:
             to = session.jid.bare
-        if envelope.kind != MESSAGE:
+        if kind != MESSAGE:
             _check(envelope)
-            if envelope.kind == IQ and envelope.type in REQUESTS and is_tracked(envelope.to_jid, session):
+            if kind == IQ and envelope.type in REQUESTS and is_tracked(envelope.to_jid, session):
                 self.deliveries.deadlines.asked(session, envelope)
         return to
 
@@ -248,10 +250,17 @@ class Routing:
         return None
 
     def _to_account(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
-        account = str(to.bare)
+        account = to.bare_text
         sender = session.account if session is not None else envelope.from_jid.partition("/")[0]
         flow = (sender, account)
-        if session is not None and account == session.account and envelope.kind == IQ and not to.resource:
+        kind = envelope.kind
+        if to.resource and kind not in self._hooks.received and self.forwarder.is_here(flow, account, to.resource):
+            # What most stanzas are: for a session that is here.
+            match = self._sessions.of(account).get(to.resource)
+            if match is not None:
+                self.deliveries.to_session(match, envelope)
+                return None
+        if session is not None and account == session.account and kind == IQ and not to.resource:
             # The session's own roster and the like are dealt with where the session is, also while it is not at its
             # home: only there modules see whose it is.
             return self.decide(Item(flow, account, "", envelope, origin=session), HERE)

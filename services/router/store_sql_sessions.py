@@ -13,14 +13,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.router.schema import sessions
 from services.router.store import SessionRow
 from tidings.kit.db import Database
+from tidings.kit.grouping import Grouping
 from tidings.xmpp.jid import Jid
+
+_INSERT = sessions.insert()
 
 
 class SqlSessionTable:
-    """Satisfies `services.router.store.SessionTable`."""
+    """Satisfies `services.router.store.SessionTable`. Binds and ends that come together are written together."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._binds = Grouping(self._insert)
+        self._ends = Grouping(self._delete)
 
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
         values = {
@@ -28,19 +33,28 @@ class SqlSessionTable:
             "session": session, "epoch": 1, "router": router, "available": True,
         }  # fmt: skip
 
-        async def work(connection: AsyncConnection) -> None:
-            await connection.execute(sessions.insert().values(values))
-
-        try:
-            await self._database.transaction(work)
+        if await self._binds.do(values):
             return None
-        except IntegrityError:
-            pass
         async with self._database.read() as connection:
             row = (await connection.execute(sa.select(sessions).where(*_is(jid)))).first()
         if row is None:
             return await self.bind(jid, session, router)  # it has gone meanwhile: again
         return _row(row) if row.session != session else None
+
+    async def _insert(self, rows: Sequence[dict[str, Any]]) -> list[bool]:
+        """Which of them found no other row in their place."""
+
+        async def work(connection: AsyncConnection) -> list[bool]:
+            entered = []
+            for values in rows:
+                try:
+                    await connection.execute(_INSERT, values)
+                    entered.append(True)
+                except IntegrityError:
+                    entered.append(False)  # this statement's own: the others stand
+            return entered
+
+        return await self._database.transaction(work)
 
     async def replace(self, row: SessionRow, session: str, router: str) -> bool:
         return await self._change(row, SessionRow(row.jid, session, row.epoch + 1, router), available=True)
@@ -60,13 +74,11 @@ class SqlSessionTable:
         return await self._database.transaction(work)
 
     async def end(self, jid: Jid, session: str, epoch: int) -> SessionRow | None:
-        async def work(connection: AsyncConnection) -> SessionRow | None:
-            here = (*_is(jid), sessions.c.session == session, sessions.c.epoch == epoch)
-            row = (await connection.execute(sa.select(sessions).where(*here))).first()
-            if row is None:
-                return None
-            removed = await connection.execute(sessions.delete().where(*here))
-            return _row(row) if removed.rowcount else None
+        return await self._ends.do((jid, session, epoch))
+
+    async def _delete(self, ended: Sequence[tuple[Jid, str, int]]) -> list[SessionRow | None]:
+        async def work(connection: AsyncConnection) -> list[SessionRow | None]:
+            return [await _delete_one(connection, *one) for one in ended]
 
         return await self._database.transaction(work)
 
@@ -92,6 +104,15 @@ class SqlSessionTable:
     async def _rows(self, *where: sa.ColumnElement[bool]) -> list[SessionRow]:
         async with self._database.read() as connection:
             return [_row(row) for row in await connection.execute(sa.select(sessions).where(*where))]
+
+
+async def _delete_one(connection: AsyncConnection, jid: Jid, session: str, epoch: int) -> SessionRow | None:
+    here = (*_is(jid), sessions.c.session == session, sessions.c.epoch == epoch)
+    row = (await connection.execute(sa.select(sessions).where(*here))).first()
+    if row is None:
+        return None
+    removed = await connection.execute(sessions.delete().where(*here))
+    return _row(row) if removed.rowcount else None
 
 
 def _hash(jid: Jid) -> bytes:

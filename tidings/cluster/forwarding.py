@@ -83,6 +83,10 @@ class Forwarder:
         self._send_decide(flow or self._open(item.flow), item, plan)
         return None
 
+    def is_here(self, key: tuple[str, ...], account: str, resource: str) -> bool:
+        """Whether this router alone deals with a stanza, at once: then there is nothing to be kept in order."""
+        return key not in self._flows and self._strategy.locate(account, resource) is HERE
+
     def long(self, key: tuple[str, ...]) -> bool:
         """Whether so much waits in a flow that its sender should not be read for a while."""
         flow = self._flows.get(key)

@@ -39,11 +39,12 @@ class JidError(ValueError):
 class Jid:
     """An address. Immutable; equal when its prepared parts are equal. Parts that it lacks are ''."""
 
-    __slots__ = ("_bare", "_hash", "_text", "domain", "local", "resource")
+    __slots__ = ("_bare", "_hash", "_text", "bare_text", "domain", "local", "resource")
 
     local: str
     domain: str
     resource: str
+    bare_text: str
 
     def __init__(self, local: str, domain: str, resource: str) -> None:
         """An address of parts that are prepared already; nothing is checked. See `parse`."""
@@ -51,6 +52,8 @@ class Jid:
         self.domain = domain
         self.resource = resource
         bare = f"{local}@{domain}" if local else domain
+        # The text of `bare`.
+        self.bare_text = bare
         self._text = f"{bare}/{resource}" if resource else bare
         self._hash = hash(self._text)
         self._bare: Jid | None = None if resource else self
