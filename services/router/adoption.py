@@ -42,13 +42,15 @@ ATTACH_TIMEOUT = 10.0
 class _Arrival:
     """A session on its way."""
 
-    __slots__ = ("given", "giver", "timer", "whole")
+    __slots__ = ("given", "giver", "timer", "told", "whole")
 
     def __init__(self, giver: str) -> None:
         self.giver = giver
         # What has come from there so far; and whether that is all.
         self.given: list[Envelope] = []
         self.whole = False
+        # Set when it is.
+        self.told = asyncio.Event()
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -182,8 +184,16 @@ class Adoption:
 
     def _is_whole(self, session: Session, arrival: _Arrival) -> None:
         arrival.whole = True
+        arrival.told.set()
         self._wait(session, arrival, ATTACH_TIMEOUT)
         self._go_on(session, arrival)
+
+    async def whole(self, session: Session) -> None:
+        """Waits for what the other router still gives: a session that ends before must not send on what came here
+        ahead of what came there."""
+        arrival = self._arrivals.get(session.id)
+        if arrival is not None:
+            await arrival.told.wait()
 
     def attach(self, link: ConnectorLink, stream: int, attach: SessionAttach) -> Session | None:
         """The connector brings the stream of a session; None when it is not for this stream, or not here."""
@@ -234,6 +244,7 @@ class Adoption:
             return []
         if arrival.timer is not None:
             arrival.timer.cancel()
+        arrival.told.set()
         early, session.early = session.early, None
         return list(in_order(arrival.given, early or ()))
 

@@ -308,6 +308,7 @@ class Negotiator:
         When its row is another router's by now, that one says it, and this one nothing.
         """
         await self.hand_over.settled(session)
+        await self.adoption.whole(session)
         if not self._sessions.remove(session):
             return
         self.ending += 1
