@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from services.registry.members import Members
-from services.registry.store import Change, ChangeKind
+from services.registry.store import Change, ChangeKind, after
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.common.v1.node_pb2 import (
     NODE_STATE_DRAINING,
@@ -198,7 +198,7 @@ class RegistryApi(RegistryServiceServicer):
             response.change.kind = _KINDS[change.kind]
             node = view.by_incarnation(change.incarnation)
             if node is not None:
-                node_into(node, response.change.node)
+                node_into(after(change, node), response.change.node)
             elif change.kind not in (ChangeKind.LEFT, ChangeKind.FAILED):
                 continue  # it has gone again meanwhile, as a later change says
             else:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from services.registry.failure import LATE, Observer
-from services.registry.store import Change, NodeStore
+from services.registry.store import Change, NodeStore, after
 from services.registry.witnesses import Ask, Probe, Witnesses
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.cluster.node import Node, NodeState
@@ -253,7 +253,7 @@ class Members:
                 log.debug("node_changed", node=change.hostname, change=change.kind.value, view=change.version)
                 if node is not None and change.version <= version:
                     for watcher in list(self._watchers):
-                        watcher(change, node, view)
+                        watcher(change, after(change, node), view)
             return view
 
     async def run(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -33,6 +33,20 @@ class Change:
 
 # Looks at the rows beside which a node is to stand; it raises when it must not.
 Check = Callable[[Sequence[Node]], None]
+
+
+_STATES = {
+    ChangeKind.JOINED: NodeState.JOINING,
+    ChangeKind.BACK: NodeState.UP,
+    ChangeKind.SUSPECT: NodeState.SUSPECT,
+    ChangeKind.FAILED: NodeState.FAILED,
+    ChangeKind.DRAINING: NodeState.DRAINING,
+}
+
+
+def after(change: Change, node: Node) -> Node:
+    """The node as it was right after a change, whatever has become of it since; after LEFT, as given."""
+    return replace(node, state=_STATES.get(change.kind, node.state))
 
 
 class NodeStore(Protocol):

@@ -399,3 +399,18 @@ async def test_a_crashed_node_s_next_start_on_its_host_joins_at_once() -> None:
     await joining.join(replace(N1, incarnation="i9", host="boot-1"))
     assert [node.incarnation for node in joining.view] == ["i9"]
     assert time.monotonic() - started < 0.2
+
+
+async def test_a_watcher_is_told_each_state_though_the_next_one_has_come_already() -> None:
+    """Who drains fast may have left before anybody looks: that it drained is told nevertheless."""
+    store = MemoryNodeStore()
+    watching = members(store=store)
+    await watching.join(N1)
+    told: list[tuple[str, str]] = []
+    watching.watch(lambda change, node, _view: told.append((change.kind.value, node.state.value)), lambda: None)
+    await store.beat("n1", "i1", NodeState.UP, 0, 0)
+    await store.beat("n1", "i1", NodeState.DRAINING, 0, 0)
+    await store.leave("n1", "i1")
+    await watching.refresh()
+    assert told[:2] == [("back", "up"), ("draining", "draining")]
+    assert told[2][0] == "left"
