@@ -29,6 +29,8 @@ CONNECT_TIMEOUT = 5.0
 POOL_TIMEOUT = 10.0
 STATEMENT_TIMEOUT = 8.0
 TRY_TIMEOUT = 2.0
+# Seconds between two transactions of one process on SQLite.
+SQLITE_PAUSE = 0.002
 POOL_SIZE = 8
 
 # Transactions that met another one are tried again, so often.
@@ -91,6 +93,7 @@ class Database:
         self._engine: AsyncEngine | None = None
         # SQLite has one writer; here they wait in order instead of trying again and again.
         self._writer = asyncio.Lock()
+        self._written = 0.0
         # It has not answered in time; and somebody tries now whether it does.
         self._silent = False
         self._trying = False
@@ -129,11 +132,21 @@ class Database:
         assert self._engine is not None, "the database is not started"
         with _translated():
             if self.sqlite:
-                async with self._writer, self._in_time(timeout), self._engine.begin() as connection:
-                    yield connection
+                async with self._writer:
+                    await self._let_others_write()
+                    async with self._in_time(timeout), self._engine.begin() as connection:
+                        yield connection
+                    self._written = asyncio.get_running_loop().time()
             else:
                 async with self._in_time(timeout), self._engine.begin() as connection:
                     yield connection
+
+    async def _let_others_write(self) -> None:
+        """SQLite's lock is not fair: who writes without a pause keeps other processes of the machine out, and then
+        they can't even say that they live."""
+        pause = self._written + SQLITE_PAUSE - asyncio.get_running_loop().time()
+        if pause > 0:
+            await asyncio.sleep(pause)
 
     @asynccontextmanager
     async def _in_time(self, timeout: float) -> AsyncIterator[None]:

@@ -35,6 +35,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     # Dialling sides ask every second; gRPC would take that for an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    # Nor does it matter when two of them come together, because one was late.
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     # A batch is at most 1 MiB of stanzas; the rest is margin.
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
