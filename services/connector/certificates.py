@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidings.kit.options import Options
-from tidings.kit.pki import certificate_hash, self_made_certificate
+from tidings.kit.pki import certificate_files, certificate_hash, self_made_certificate
 from tidings.xmpp.jid import Jid, JidError
 
 # XEP-0368 4: what a client asks for by ALPN on the TLS port.
@@ -66,17 +66,7 @@ class Certificates:
         if certificate:
             return Path(certificate), Path(key)
         folder = self._options["certs-dir"]
-        if folder:
-            # The last one is Tigase's: certificate and key in one file.
-            for pair in (
-                (f"{host}.crt", f"{host}.key"),
-                (f"{host}/fullchain.pem", f"{host}/privkey.pem"),
-                (f"{host}.pem", f"{host}.pem"),
-            ):
-                files = Path(folder) / pair[0], Path(folder) / pair[1]
-                if files[0].exists() and files[1].exists():
-                    return files
-        return None
+        return certificate_files(Path(folder), host) if folder else None
 
     def context(self, host: str = "") -> ssl.SSLContext:
         """The context for a new connection.

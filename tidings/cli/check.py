@@ -135,16 +135,16 @@ def _names(options: Any) -> Iterator[Finding]:
 
 
 def _certificates(options: Any) -> Iterator[Finding]:
+    from tidings.kit.pki import certificate_files
+
     for host in options["virt-hosts"]:
         certificate, key = options.for_host(host, "tls-cert-file"), options.for_host(host, "tls-key-file")
         folder = options["certs-dir"]
         if bool(certificate) != bool(key):
             yield Finding("certificate", "error", f"{host}: set both --tls-cert-file and --tls-key-file")
             continue
-        if not certificate and folder:
-            for pair in ((f"{host}.crt", f"{host}.key"), (f"{host}/fullchain.pem", f"{host}/privkey.pem")):
-                if (folder / pair[0]).exists() and (folder / pair[1]).exists():
-                    certificate, key = folder / pair[0], folder / pair[1]
+        if not certificate and folder and (files := certificate_files(Path(folder), host)) is not None:
+            certificate, key = files
         if not certificate:
             yield Finding(
                 "certificate",

@@ -251,6 +251,20 @@ def self_made_certificate(data_dir: Path, hosts: Sequence[str]) -> tuple[Path, P
     return both, both
 
 
+def certificate_files(folder: Path, host: str) -> tuple[Path, Path] | None:
+    """A virtual host's certificate and key in a folder of such; None when it has none."""
+    # The last one is Tigase's: certificate and key in one file.
+    for names in (
+        (f"{host}.crt", f"{host}.key"),
+        (f"{host}/fullchain.pem", f"{host}/privkey.pem"),
+        (f"{host}.pem",) * 2,
+    ):
+        files = folder / names[0], folder / names[1]
+        if files[0].exists() and files[1].exists():
+            return files
+    return None
+
+
 def certificate_hash(pem: bytes) -> bytes:
     """RFC 5929 4.1, tls-server-end-point: the certificate's hash by its signature's hash function."""
     certificate = x509.load_pem_x509_certificate(pem)
