@@ -47,7 +47,8 @@ def cluster_addresses(options: Options) -> list[str]:
     if options["bind-address"]:
         return list(options["bind-address"])
     if options["cluster-mode"]:
-        return ["0.0.0.0", "::"] if _has_ipv6() else ["0.0.0.0"]  # noqa: S104 - all, as the option's default says
+        # gRPC takes all of IPv4 with it.
+        return ["::"] if _has_ipv6() else ["0.0.0.0"]  # noqa: S104 - all, as the option's default says
     return list(LOOPBACK) if _has_ipv6() else [LOOPBACK[0]]
 
 

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from tidings.kit import runner
+from tidings.kit.grpc_server import ClusterServer
+from tidings.kit.identity import Caller
 from tidings.kit.options import OptionError, Options, load
-from tidings.kit.own_node import Place, local_address, own_node, own_place
+from tidings.kit.own_node import Place, cluster_addresses, local_address, own_node, own_place
 from tidings.kit.pki import CertificateAuthority
 from tidings.kit.runner import Ending, Process, Then
+from tidings.testing.server import free_port
 
 DATABASE = ("--user-db=mysql", "--user-db-uri=jdbc:mysql://127.0.0.1/t?user=u&password=p")
 CLUSTER = ("--cluster-mode=true", *DATABASE)
@@ -86,3 +89,20 @@ def test_a_name_that_nobody_resolves_now_is_refused_where_no_address_is_set(monk
     monkeypatch.setattr(socket, "getaddrinfo", no_name_server)
     with pytest.raises(OptionError, match="set --cluster-address"):
         own_place(options(*CLUSTER, "--cluster-hostname=n1.test"), SERVICES)
+
+
+async def test_a_node_of_a_cluster_that_names_no_address_is_reached_by_all_of_them() -> None:
+    """The lines of the README name none. gRPC takes IPv4 with `::`, and can't bind both."""
+    keys = CertificateAuthority.new("x").issue(["tidings:node:n1.test"], "n1.test")
+    port = free_port("127.0.0.1")
+    server = ClusterServer(
+        cluster_addresses(options(*CLUSTER)), port, keys, lambda: b"", lambda _leaf: None, Caller("local", "n1.test")
+    )
+    await server.start()
+    try:
+        for address in ("127.0.0.1", "127.0.0.2"):
+            _reader, writer = await asyncio.open_connection(address, port)
+            writer.close()
+            await writer.wait_closed()
+    finally:
+        await server.stop(0)
