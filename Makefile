@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check proto proto-check bench bench-traffic clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
+.PHONY: help run cluster test check proto proto-check drills bench bench-traffic clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
 
 help:  ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ proto-check: $(PROTO_BIN)/.made
 	@rm -rf build/proto && mkdir -p build/proto && $(call generate,build/proto)
 	@diff -r -x __pycache__ -x __init__.py build/proto/tidings/api tidings/api \
 	  || { echo "tidings/api is not what protos/ say: run make proto" >&2; exit 1; }
+
+drills: $(VENV)/.test test-packages  ## Break real clusters under load, and check the promise (SEEDS=N, SEED=n, LONG=1)
+	@SEEDS=$(or $(SEEDS),6) SEED=$(SEED) LONG=$(LONG) $(BIN)/python tests/drills/run.py
 
 bench: $(VENV)/.test test-packages  ## Measure, and write docs/benchmarks.md (some minutes)
 	@command -v gcc >/dev/null || { echo "gcc is missing: apt-get install gcc libc6-dev" >&2; exit 1; }
@@ -108,10 +111,12 @@ $(VENV)/.check: $(VENV)/.run
 	@$(PIP) --editable '.[check,test]'
 	@touch $@
 
-# Debian packages that tests need: a database server, network namespaces, and clocks that are wrong.
-DEBIAN := mariadb-server-core mariadb-client-core iproute2 libfaketime
+# Debian packages that tests need: a database server and what replicates it, network namespaces, and clocks that are wrong.
+DEBIAN := mariadb-server mariadb-backup galera-4 socat iproute2 libfaketime
+NEEDED := /usr/lib/*/faketime/libfaketime.so.1 /usr/lib/galera/libgalera_smm.so /usr/bin/wsrep_sst_mariabackup
 test-packages:
-	@if ! { command -v mariadbd && command -v ip && ls /usr/lib/*/faketime/libfaketime.so.1; } >/dev/null 2>&1; then \
+	@if ! { command -v mariadbd && command -v mariadb-backup && command -v socat && command -v ip && ls $(NEEDED); } \
+	    >/dev/null 2>&1; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing $(DEBIAN)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

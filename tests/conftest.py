@@ -11,6 +11,7 @@ import pytest
 
 from tidings.kit.database_url import DatabaseUrl, parse
 from tidings.kit.db import Database
+from tidings.testing.galera import PROVIDER, Galera
 from tidings.testing.mariadb import MariaDB
 from tidings.testing.server import ONE_PROCESS, WAYS, Installation
 
@@ -23,7 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how the installation runs: in one process, in one that dials itself, or one process for each service",
     )
     parser.addoption(
-        "--database", choices=("sqlite", "mysql"), default="sqlite", help="the database of the installation"
+        "--database",
+        choices=("sqlite", "mysql", "galera"),
+        default="sqlite",
+        help="the database of the installation",
     )
     parser.addoption("--nodes", type=int, default=1, help="how many nodes, each client on the next one; needs mysql")
     parser.addoption("--strategy", default="", help="how its routers share users")
@@ -46,8 +50,9 @@ def installation(
 ) -> Iterator[Installation]:
     """One installation for all tests that do not break it."""
     uri = ""
-    if request.config.getoption("--database") == "mysql" or request.config.getoption("--nodes") > 1:
-        uri = request.getfixturevalue("mariadb").create_database()
+    database = request.config.getoption("--database")
+    if database != "sqlite" or request.config.getoption("--nodes") > 1:
+        uri = request.getfixturevalue("galera" if database == "galera" else "mariadb").create_database()
     loop = f"--event-loop={request.config.getoption('--loop')}"
     running = Installation(
         way,
@@ -74,6 +79,19 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def galera(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Galera]:
+    """Three servers in sync. Whoever breaks one heals it."""
+    if not PROVIDER.exists() or shutil.which("wsrep_sst_mariabackup") is None:
+        pytest.fail("Galera is wanted: apt-get install mariadb-server mariadb-backup galera-4 socat")
+    cluster = Galera(tmp_path_factory.mktemp("galera"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture(params=["sqlite", "mysql"])

@@ -19,7 +19,7 @@ COMPONENTS = "tests/contract/test_component.py"
 
 # Each part is some calls of pytest. `starttls` picks one of the two transports of each play.
 TEST = {
-    "unit and contract": [["tests/unit", "tests/contract"]],
+    "unit and contract": [["tests/unit", "tests/contract", "tests/drills"]],
     "plays on one node": [
         ["tests/conformance"],
         [PLAYS, COMPONENTS, "--way=processes", "-k", "not [tls"],

@@ -9,10 +9,11 @@ import ssl
 from collections.abc import Callable
 
 from services.connector.certificates import Certificates
+from services.connector.client_stream import ClientStream
 from services.connector.grpc_api import ConnectorApi
 from services.connector.limits import Addresses, ClientLimits
 from services.connector.router_link import RouterLinks
-from services.connector.streams import ClientStream, Streams
+from services.connector.streams import Streams
 from services.connector.transports.tcp import HANDSHAKE_TIMEOUT, Flusher, TcpConnection
 from tidings.api.connector.v1.connector_pb2 import DESCRIPTOR
 from tidings.api.connector.v1.connector_pb2_grpc import add_ConnectorServiceServicer_to_server
@@ -60,7 +61,9 @@ class Connector:
             self._addresses,
             self._tasks.spawn,
         )
-        self._links = RouterLinks(self.streams, context.member, context.channels, context.node, self._tasks)
+        self._links = RouterLinks(
+            self.streams, context.member, context.channels, context.node, self._tasks, options["c2s-location"]
+        )
         self._servers: list[asyncio.Server] = []
         parser_limits = Limits(
             stanza_bytes=options["max-stanza-bytes"],

@@ -19,7 +19,8 @@ from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.tasks import Tasks, is_cancelled
 
 if TYPE_CHECKING:
-    from services.connector.streams import ClientStream, Streams
+    from services.connector.client_stream import ClientStream
+    from services.connector.streams import Streams
     from tidings.kit.channel import Channels
     from tidings.kit.membership import Member
 
@@ -88,8 +89,12 @@ class RouterLink:
 class RouterLinks:
     """Keeps a link to every router that serves, and picks one for each stream."""
 
-    def __init__(self, streams: Streams, member: Member, channels: Channels, own: Node, tasks: Tasks) -> None:
+    def __init__(
+        self, streams: Streams, member: Member, channels: Channels, own: Node, tasks: Tasks, location: str = ""
+    ) -> None:
+        """`location`: where clients should come back to; '' for anywhere."""
         self._streams = streams
+        self._location = location
         self._member = member
         self._channels = channels
         self._own = own
@@ -171,6 +176,7 @@ class RouterLinks:
         hello = link.outbox.begin_item().hello
         hello.connector_incarnation = self._own.incarnation
         hello.view_version = self._member.view.version
+        hello.location = self._location
         writers = Tasks(lambda _name, _error: call.cancel())
         writers.spawn(link.outbox.run(call.write), f"writes to router {node.hostname}")
         try:

@@ -42,10 +42,12 @@ ATTACH_TIMEOUT = 10.0
 class _Arrival:
     """A session on its way."""
 
-    __slots__ = ("given", "giver", "timer", "told", "whole")
+    __slots__ = ("given", "giver", "left", "timer", "told", "whole")
 
-    def __init__(self, giver: str) -> None:
+    def __init__(self, giver: str, left: float | None) -> None:
         self.giver = giver
+        # Seconds that it waits for its client, when it has no stream that could be attached.
+        self.left = left
         # What has come from there so far; and whether that is all.
         self.given: list[Envelope] = []
         self.whole = False
@@ -80,6 +82,8 @@ class Adoption:
         # Looks whether a session belongs here; ends a session and its stream.
         self.place: Callable[[Session], None] = lambda _session: None
         self.dismiss: Callable[[Session], Any] = lambda _session: None
+        # Lets a session wait for its client, so many seconds.
+        self.wait: Callable[[Session, float], None] = lambda _session, _seconds: None
         # Total, for metrics.
         self.adopted = 0
 
@@ -143,7 +147,10 @@ class Adoption:
             session, [(asked.to_jid, asked.id, asked.left) for asked in request.record.asked]
         )
         self._binding.adopted(session)
-        arrival = self._arrivals[session.id] = _Arrival(giver)
+        record = request.record
+        # One whose stream had broken comes without one, and waits here.
+        left = record.resume_left if not request.stream else None
+        arrival = self._arrivals[session.id] = _Arrival(giver, left)
         arrival.given.extend(request.held)
         self._wait(session, arrival, GIVE_TIMEOUT)
         self.adopted += 1
@@ -159,6 +166,10 @@ class Adoption:
         if not arrival.whole:
             log.warning("session_not_given", session=session.id, waited=GIVE_TIMEOUT)
             self._is_whole(session, arrival)
+        elif session.resume_seconds:
+            # Its connector may be gone; the client is not.
+            arrival.left = float(session.resume_seconds)
+            self._go_on(session, arrival)
         else:
             log.warning("session_not_attached", session=session.id, waited=ATTACH_TIMEOUT)
             self._spawn(self.dismiss(session), "end a session that nobody attached")
@@ -206,6 +217,14 @@ class Adoption:
         session.closed = attach.left
         return session
 
+    def resumed(self, session: Session) -> None:
+        """The client has come back with another stream."""
+        arrival = self._arrivals.get(session.id)
+        if arrival is not None:
+            self._go_on(session, arrival)
+        else:
+            session.lane.run(self.tell, session)
+
     def attached(self, session: Session) -> None:
         """The link serves the stream now."""
         arrival = self._arrivals.get(session.id)
@@ -215,8 +234,10 @@ class Adoption:
     def _go_on(self, session: Session, arrival: _Arrival) -> None:
         """When both have come, the client gets what has waited; if it has left meanwhile, the end of the session
         follows, and that goes elsewhere."""
-        if not arrival.whole or session.link is None or session.closed:
+        if not arrival.whole or session.closed or (session.link is None and arrival.left is None):
             return
+        if session.link is None and arrival.left is not None:
+            self.wait(session, arrival.left)
         deliveries = self._routing.deliveries
         waited = self.ended(session)
         frozen, session.frozen = session.frozen, None
@@ -225,10 +246,10 @@ class Adoption:
             deliveries.to_session(session, envelope)
         for envelope in frozen or ():
             deliveries.deliver(session, envelope)
-        session.lane.run(self._tell, session)
+        session.lane.run(self.tell, session)
         self.place(session)
 
-    async def _tell(self, session: Session) -> None:
+    async def tell(self, session: Session) -> None:
         for handler in self._hooks.session_attached:
             try:
                 result = handler(session)

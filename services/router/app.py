@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 
 from services.router import module_loader
 from services.router.account_api import AccountApi
+from services.router.acknowledgements import Acknowledgements
 from services.router.adoption import Adoption
+from services.router.archive_rules import ArchiveRules
 from services.router.authentication import Authentication
 from services.router.binding import Binding
 from services.router.cluster_news import ClusterNews
@@ -15,14 +18,19 @@ from services.router.component_links import ComponentApi, ComponentLinks
 from services.router.forward_links import ForwardLinks
 from services.router.grpc_api import RouterApi
 from services.router.hand_over import GIVEN, HandOver
+from services.router.messages import MessageStore
+from services.router.messages_sql import SqlMessageStore
 from services.router.negotiation import Negotiator
 from services.router.orphans import Orphans
 from services.router.peers import Peers
+from services.router.resumption import Resumption
+from services.router.retention import Retention
 from services.router.rosters import Rosters
 from services.router.routing import Routing
+from services.router.safety import Safety
 from services.router.sessions import Sessions
-from services.router.store import AccountStore, MessageStore, RosterStore
-from services.router.store_sql import SqlAccountStore, SqlMessageStore, SqlRosterStore
+from services.router.store import AccountStore, RosterStore
+from services.router.store_sql import SqlAccountStore, SqlRosterStore
 from services.router.store_sql_sessions import SqlSessionTable
 from services.router.tickets import Tickets
 from tidings.api.component.v1 import component_pb2
@@ -82,11 +90,17 @@ class Router:
 
         self.sessions = sessions = Sessions()
         hooks = Hooks()
+        self._rosters = Rosters(rosters)
+        rules = ArchiveRules(self._messages, self._rosters, lambda host: bool(options.for_host(host, "archive")))
+        self._safety = safety = Safety(
+            sessions, self._messages, options["message-durability"], options["pending-limit"],
+            rules.archives,
+        )  # fmt: skip
         components = ComponentLinks(hosts, lambda name: allowed_to(options, name))
         self._links = ForwardLinks(context.node, context.channels, tasks, context.member)
         self.routing = routing = Routing(
-            hosts, sessions, hooks, self._accounts, components, table, self._links, own, context.member.newer_view,
-            tasks.spawn,
+            hosts, sessions, hooks, self._accounts, components, table, safety, self._links, own,
+            context.member.newer_view, tasks.spawn,
         )  # fmt: skip
         factory = strategy_factory(options["sm-cluster-strategy-class"])
         strategy = made(factory, own, StrategyContext(routing, sessions))
@@ -103,10 +117,31 @@ class Router:
         self._news = ClusterNews(sessions, routing.deliveries, lambda: _admins(options))
         iterations = _per_host_iterations(options)
         authentication = Authentication(self._accounts, iterations, lambda: bool(options["c2s-allow-plaintext"]))
+        self._acknowledgements = Acknowledgements(
+            sessions, routing.deliveries, safety, lambda host: float(options.for_host(host, "resume-timeout"))
+        )
+        self._resumption = resumption = Resumption(
+            own,
+            sessions,
+            table,
+            safety,
+            self._acknowledgements,
+            self._hand_over,
+            self._binding.is_reachable,
+            tasks.spawn,
+        )
         self._negotiator = negotiator = Negotiator(
             routing, sessions, hooks, authentication, self._accounts, self._binding, self._hand_over, self._adoption,
-            self._tickets, tasks.spawn,
+            self._tickets, safety, self._acknowledgements, resumption, tasks.spawn,
         )  # fmt: skip
+        resumption.end = negotiator.end
+        resumption.whole, resumption.attached = self._adoption.whole, self._adoption.resumed
+        self._adoption.wait = resumption.wait
+        resumption.send_on = negotiator.send_to_session
+        routing.on_answer = self._acknowledgements.is_answer
+        routing.deliveries.withholds = safety.waits
+        routing.deliveries.is_kept = safety.is_kept
+        routing.deliveries.id_of = safety.id_of
         self._hand_over.dismiss = self._adoption.dismiss = negotiator.dismiss
         self._adoption.place = self._hand_over.place
         hooks.notes[GIVEN] = self._adoption.given
@@ -115,7 +150,9 @@ class Router:
             AccountStore: self._accounts,
             RosterStore: rosters,
             MessageStore: self._messages,
-            Rosters: Rosters(rosters),
+            Safety: safety,
+            Rosters: self._rosters,
+            ArchiveRules: rules,
         }
         router = module_loader.RouterForModules(
             routing, sessions, self._accounts, components, stores, negotiator, tasks.spawn
@@ -141,6 +178,9 @@ class Router:
             ComponentApi(components, routing, self._accounts, rosters, own, tasks.spawn, lambda: self._serving),
             component_pb2.DESCRIPTOR.services_by_name["ComponentService"].full_name,
         )
+        self._retention = Retention(
+            self._messages, options["virt-hosts"], lambda host: int(options.for_host(host, "archive-days"))
+        )
         self._add_metrics(context.metrics)
 
     def _add_metrics(self, metrics: Metrics) -> None:
@@ -158,12 +198,29 @@ class Router:
         )
         metrics.counted("sessions_given", "Sessions handed to other routers", lambda: self._hand_over.given)
         metrics.counted("sessions_adopted", "Sessions taken from other routers", lambda: self._adoption.adopted)
+        metrics.counted(
+            "sessions_resumed", "Sessions that went on with another stream", lambda: self._resumption.resumed
+        )
+        metrics.counted("resumptions_refused", "Sessions that could not be resumed", lambda: self._resumption.refused)
+        metrics.gauged(
+            "unacknowledged", "Stanzas that clients have not acknowledged",
+            lambda: sum(len(session.outbound.queue) for session in self.sessions),
+        )  # fmt: skip
+        metrics.gauged("store_waiting_bytes", "What waits to be committed", lambda: self._messages.waiting_bytes)
+        metrics.gauged("store_waiting_seconds", "How long the oldest of it has waited", self._waited)
         metrics.counted("sessions_orphaned", "Sessions ended for routers that failed", lambda: self._orphans.ended)
+
+    def _waited(self) -> float:
+        oldest = self._messages.oldest_waiting
+        return time.monotonic() - oldest if oldest else 0.0
 
     async def start(self) -> None:
         await migrate(self._database, "router", "services.router:migrations")
         self._tickets.start(await self._accounts.shared_key("ticket-key"))
+        self._safety.start(await self._accounts.shared_key("message-id-key"))
         await self._messages.start()
+        self._tasks.spawn(self._acknowledgements.run(), "router: acknowledgements")
+        self._tasks.spawn(self._retention.run(), "router: age of archives")
         self._tasks.spawn(self.routing.deliveries.deadlines.run(), "router: IQ deadlines")
         self._tasks.spawn(self._binding.run(), "router: availability of sessions")
         self._tasks.spawn(self._binding.tidy(), "router: rows without session")

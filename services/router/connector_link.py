@@ -46,6 +46,8 @@ class ConnectorLink:
     ) -> None:
         self.name = name
         self.incarnation = incarnation
+        # Where its clients should come back to (XEP-0198 3); '' when anywhere is as good.
+        self.location = ""
         self._negotiator = negotiator
         self._outbox = outbox
         self._trusted = trusted
@@ -88,8 +90,13 @@ class ConnectorLink:
             log.error("connector_lied", connector=self.name, session=session.id)
             self.close(session.stream, "internal-server-error", "the stanza did not arrive whole")
             return
+        if envelope.kind == NONZA:
+            self._negotiator.acknowledgements.nonza(self, session, envelope)
+            return
         envelope.from_jid = session.jid_text
         envelope.received_unix_ms = now
+        if not self._negotiator.safety.accept(session, envelope):
+            return
         lane = session.lane
         if lane.waiting is not None:
             lane.run(self._negotiator.routing.from_session, session, envelope)
@@ -127,22 +134,30 @@ class ConnectorLink:
             if stream.session is not None:
                 self._negotiator.hand_over.ready(stream.session, event.move_ready.attempt)
         elif which == "leaving":
-            if stream.session is not None:
-                stream.session.lane.run(self._negotiator.dismiss, stream.session)
+            session = stream.session
+            if session is not None and session.resume_seconds:
+                # Behind all that was sent to it; the client goes on elsewhere.
+                self.command(number).close.keep_session = True
+                self._streams.pop(number, None)
+                self._negotiator.resumption.suspend(session)
+            elif session is not None:
+                session.lane.run(self._negotiator.dismiss, session)
         elif which == "closed":
             self._streams.pop(number, None)
             log.debug("stream_closed", stream=number, clean=event.closed.clean, reason=event.closed.reason)
-            self._end(stream)
+            self._end(stream, event.closed.clean)
 
     def closed(self) -> None:
         """The link is gone, and with it all its streams."""
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            self._end(stream)
+            self._end(stream, False)
 
-    def _end(self, stream: Negotiation) -> None:
+    def _end(self, stream: Negotiation, clean: bool) -> None:
         session = stream.session
-        if session is not None:
+        if session is not None and session.resume_seconds and not clean and not session.closed:
+            self._negotiator.resumption.suspend(session)
+        elif session is not None:
             # At once; the end itself comes behind what it has sent.
             session.closed = True
             session.lane.run(self._negotiator.end, session)
@@ -151,13 +166,18 @@ class ConnectorLink:
 
     # --- to the connector ---
 
-    def deliver(self, session: Session, envelope: Envelope) -> None:
-        """Writes a stanza to the session's stream."""
+    def deliver(self, session: Session, envelope: Envelope, number: int) -> None:
+        """Writes a stanza to the session's stream; `number`: among those that it gets."""
         raw = envelope.stanza
         try:
-            self._outbox.begin(len(raw)).add(
-                target=session.id, delivery=session.delivered, kind=envelope.kind, stanza=raw
-            )
+            self._outbox.begin(len(raw)).add(target=session.id, delivery=number, kind=envelope.kind, stanza=raw)
+        except Overflow:
+            self._cut_off()
+
+    def write(self, session: Session, raw: bytes) -> None:
+        """Writes an element that is no stanza to the session's stream."""
+        try:
+            self._outbox.begin(len(raw)).add(target=session.id, kind=NONZA, stanza=raw)
         except Overflow:
             self._cut_off()
 
@@ -170,10 +190,11 @@ class ConnectorLink:
             return StreamCommand()
         return batch.commands.add(stream=stream, position=len(batch.envelopes))
 
-    def close(self, stream: int, condition: str, text: str = "") -> None:
+    def close(self, stream: int, condition: str, text: str = "", application: bytes = b"") -> None:
         close = self.command(stream).close
         close.condition = condition
         close.text = text
+        close.application = application
 
     def bound(self, session: Session, reply: bytes) -> None:
         """The stream has a session now; `reply` is the result of its bind request."""
@@ -211,6 +232,10 @@ class ConnectorLink:
         self._sessions.pop(session.id, None)
         self._streams.pop(session.stream, None)
 
+    def give_up(self, number: int) -> None:
+        """A stream has lost its session to another one: what comes of it is nobody's."""
+        self._streams.pop(number, None)
+
     def moved(self, number: int, router: str, view_version: int, ticket: bytes) -> None:
         """A stream without a session goes to another router."""
         self._streams.pop(number, None)
@@ -233,6 +258,9 @@ def _verified(envelope: Envelope, from_jid: str | None) -> bool:
     except StreamError:
         return False
     attrs = element.attrs
+    if element.name.startswith("{"):
+        envelope.kind, envelope.type, envelope.id = NONZA, element.name, attrs.get("h", "")
+        return True
     if from_jid is not None and (element.name not in KINDS or attrs.get("from") != from_jid):
         return False
     envelope.kind = KINDS.get(element.name, NONZA)

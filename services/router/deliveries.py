@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 
 from services.router.iq_deadlines import IqDeadlines
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.logging import get_logger
-from tidings.kit.module import IQ
+from tidings.kit.module import IQ, MESSAGE
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.stream_management import NOTHING, REQUEST_RAW
 
 log = get_logger("router")
 
@@ -20,6 +23,14 @@ MAX_HELD = 10_000
 # stops a crowd of senders from filling memory.
 MAX_TAKEN = 2000
 
+# Stanzas behind which a client is asked at once what it has.
+ASK_AFTER = 10
+# Unconfirmed stanzas that may share the memory of the batch that they came in.
+MAX_SHARED = 64
+# Messages that a client without XEP-0198 may leave unconfirmed; of more, the oldest wait for the account's next
+# session. It stops a client that answers no ping from filling memory.
+MAX_UNCONFIRMED = 10_000
+
 REQUESTS = ("get", "set")
 
 
@@ -29,6 +40,12 @@ class Deliveries:
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
         self.deadlines = IqDeadlines(lambda: sessions, lambda session, envelope: self.deliver(session, envelope))
+        # Whether answers wait for what their asker has sent before, and which messages are confirmed one by one:
+        # safety and acknowledgements say so.
+        self.withholds = False
+        self.is_kept: Callable[[Envelope, Jid], bool] = lambda _envelope, _account: False
+        self.id_of: Callable[[Envelope, str], bytes] = lambda _envelope, _account: b""
+        self.on_sent: Callable[[Session], None] = lambda _session: None
         # Total, for metrics.
         self.delivered = 0
 
@@ -37,38 +54,113 @@ class Deliveries:
         if session.early is not None:
             _keep(session, session.early, envelope)
             return
-        kind = envelope.kind
-        number = envelope.number
-        if number:
-            taken = session.taken
-            # Taken out and put in again, so that who is silent comes to stand first.
-            last = taken.pop(envelope.origin, 0)
-            if number <= last:
-                taken[envelope.origin] = last
-                return
-            taken[envelope.origin] = number
-            if len(taken) > MAX_TAKEN:
-                del taken[next(iter(taken))]
-        if kind == IQ and envelope.type not in REQUESTS and is_tracked(envelope.from_jid, session):
+        if session.held is not None:
+            # Whether it is new is seen when its turn comes: what is stored goes first, and has lower numbers.
+            _keep(session, session.held, envelope)
+            return
+        if not self._is_new(session, envelope):
+            return
+        if envelope.kind == IQ and envelope.type not in REQUESTS and is_tracked(envelope.from_jid, session):
             if not self.deadlines.answered(session, envelope):
                 return  # nobody asked, or was told already that there is no answer
-        held = session.held
-        if held is not None:
-            _keep(session, held, envelope)
-            return
         self.deliver(session, envelope)
 
+    def _is_new(self, session: Session, envelope: Envelope) -> bool:
+        """Whether a session takes a stanza: of each sender, numbers rise."""
+        number = envelope.number
+        if not number:
+            return True
+        taken = session.taken
+        # Taken out and put in again, so that who is silent comes to stand first.
+        last = taken.pop(envelope.origin, 0)
+        if number <= last:
+            taken[envelope.origin] = last
+            return False
+        taken[envelope.origin] = number
+        if len(taken) > MAX_TAKEN:
+            del taken[next(iter(taken))]
+        return True
+
+    def give_stored(self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]]) -> None:
+        """Writes messages that were stored to a session's stream, ahead of what is held back: each with its id, and
+        whether sessions were given it when it came. What this one has had already is dropped."""
+        had = {
+            self.id_of(what, session.account) if isinstance(what, Envelope) else what
+            for _, what in session.outbound.queue
+            if isinstance(what, bytes) or what.kind == MESSAGE
+        }
+        for envelope, id_, given in page:
+            last = session.taken.get(envelope.origin, 0)
+            if id_ in had or (given and envelope.number <= last):
+                continue
+            if envelope.number > last:
+                self._is_new(session, envelope)
+            self.deliver(session, envelope)
+
     def deliver(self, session: Session, envelope: Envelope) -> None:
-        """Writes a stanza to a session's stream now."""
+        """Writes a stanza to a session's stream now, or, while it has none, as soon as it is resumed."""
         if session.frozen is not None:
             _keep(session, session.frozen, envelope)
             return
+        inbound = session.inbound
+        if not inbound.counts and self.withholds and self._is_withheld(session, envelope):
+            return
         link = session.link
-        if link is None:
+        if link is None and not session.resume_seconds:
             return  # it has ended
-        session.delivered += 1
+        outbound = session.outbound
+        outbound.sent = number = outbound.sent + 1
         self.delivered += 1
-        link.deliver(session, envelope)
+        if inbound.counts:
+            outbound.keep(envelope if link is not None and len(outbound.queue) < MAX_SHARED else own_copy(envelope))
+        elif envelope.kind == MESSAGE and self.is_kept(envelope, session.jid.bare):
+            outbound.keep(self.id_of(envelope, session.account))
+            if len(outbound.queue) > MAX_UNCONFIRMED:
+                outbound.queue.popleft()
+        else:
+            if link is not None:
+                link.deliver(session, envelope, number)
+            return
+        if link is not None:
+            link.deliver(session, envelope, number)
+            if inbound.counts and number - outbound.asked >= ASK_AFTER:
+                outbound.asked = number
+                link.write(session, REQUEST_RAW)
+            else:
+                self.on_sent(session)
+
+    # --- answers that say too much (a client without XEP-0198 takes them for acknowledgements) ---
+
+    def _is_withheld(self, session: Session, envelope: Envelope) -> bool:
+        """Whether a stanza waits until all is safe that the session has sent before: an answer, or what follows one
+        of the same sender."""
+        withheld = session.withheld
+        if withheld is not None and envelope.from_jid in withheld:
+            _keep_behind(session, withheld[envelope.from_jid], envelope)
+            return True
+        if envelope.type != "error" and (envelope.kind != IQ or envelope.type != "result"):
+            return False
+        if session.inbound.safe_through >= session.inbound.number:
+            return False
+        if withheld is None:
+            withheld = session.withheld = {}
+        _keep_behind(session, withheld.setdefault(envelope.from_jid, deque()), envelope)
+        return True
+
+    def let_go(self, session: Session) -> None:
+        """More of what a session has sent is safe."""
+        withheld, session.withheld = session.withheld, None
+        safe = session.inbound.safe_through
+        for sender, queue in (withheld or {}).items():
+            while queue and queue[0][0] <= safe:
+                self.deliver(session, queue.popleft()[1])
+            if queue:
+                if session.withheld is None:
+                    session.withheld = {}
+                session.withheld[sender] = queue
+
+    def confirmed(self, session: Session) -> None:
+        """The client has confirmed something: there may be room for more."""
 
     def is_open(self, session: Session) -> bool:
         """Whether what is delivered to a session now goes to its stream."""
@@ -90,7 +182,17 @@ class Deliveries:
             return
         held, session.held = session.held, None
         for envelope in held or ():
-            self.deliver(session, envelope)
+            self.to_session(session, envelope)
+
+    def unconfirmed(self, session: Session) -> list[Envelope]:
+        """What a session that ends was sent and has not confirmed, but for what waits in the store; in order."""
+        queue, session.outbound.queue = session.outbound.queue, NOTHING
+        account = session.jid.bare
+        return [
+            what
+            for _, what in queue
+            if isinstance(what, Envelope) and what.number and not self.is_kept(what, account)
+        ]
 
     def kept(self, session: Session) -> list[Envelope]:
         """What waits for a session that ends or goes to another router, in order; it waits here no longer."""
@@ -102,6 +204,13 @@ class Deliveries:
 def _keep(session: Session, queue: deque[Envelope], envelope: Envelope) -> None:
     if len(queue) < MAX_HELD:
         queue.append(own_copy(envelope))
+    else:
+        log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
+
+
+def _keep_behind(session: Session, queue: deque[tuple[int, Envelope]], envelope: Envelope) -> None:
+    if len(queue) < MAX_HELD:
+        queue.append((session.inbound.number, own_copy(envelope)))
     else:
         log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
 

@@ -22,6 +22,7 @@ from tidings.cluster.strategy import Plan
 from tidings.cluster.view import ClusterView
 from tidings.kit.link import INTERVAL, Gap, Outbox, Overflow
 from tidings.kit.logging import get_logger
+from tidings.kit.module import MESSAGE
 from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.tasks import Tasks, is_cancelled
 
@@ -55,11 +56,15 @@ class OutgoingLink:
         self._unnumbered: deque[Sent] = deque()
         self._batches: dict[int, list[Sent | None]] = {}
         self._later: dict[tuple[int, int], Sent] = {}
+        # By batch, what was taken and is not known to be safe.
+        self._unsafe: dict[int, list[Sent]] = {}
         # Keeps it up.
         self.task: asyncio.Task[Any] | None = None
 
     def send(self, item: Item, sent: Sent, refusals_seen: int) -> None:
         """Raises Overflow when the other router has not taken anything for long."""
+        if sent.waiter is not None:
+            sent.waiter.expect()
         if item.mode is Mode.STRATEGY and (self._postponed or self.outbox.congested):
             self._postponed.append((item, sent))
             return
@@ -115,17 +120,26 @@ class OutgoingLink:
             elif answer.refused:
                 log.debug("refused", by=self.node.hostname, to=sent.item.account, view=answer.view_version)
                 self._forwarder.refused(sent, answer.view_version)
+                _settle(sent)
             else:
-                self._forwarder.taken(sent, answer.content)
+                self._taken(answer.sequence, sent, answer.content)
         for sequence in [number for number in self._batches if number <= response.safe_through]:
             for taken in self._batches.pop(sequence):
                 if taken is not None:
-                    self._forwarder.taken(taken)
+                    self._taken(sequence, taken, b"")
+        for sequence in response.safe:
+            for sent in self._unsafe.pop(sequence, ()):
+                _settle(sent)
         if response.answers:
             self.outbox.confirm_soon()
 
+    def _taken(self, sequence: int, sent: Sent, content: bytes) -> None:
+        if sent.waiter is not None:
+            self._unsafe.setdefault(sequence, []).append(sent)
+        self._forwarder.taken(sent, content)
+
     def lost(self) -> None:
-        """The other router is no more: everything unanswered comes back."""
+        """The other router is no more: everything unanswered comes back, and what it has not said to be safe."""
         self.outbox.on_batch = None
         if self.task is not None:
             self.task.cancel()
@@ -135,8 +149,39 @@ class OutgoingLink:
         self._later.clear()
         self._unnumbered.clear()
         self._postponed.clear()
+        unsafe = [sent for batch in self._unsafe.values() for sent in batch]
+        self._unsafe.clear()
+        self._forwarder.again(unsafe)
+        for sent in unsafe:
+            _settle(sent)
         for sent in unanswered:
             self._forwarder.lost(sent)
+            _settle(sent)
+
+
+def _settle(sent: Sent) -> None:
+    if sent.waiter is not None:
+        sent.waiter.settle()
+
+
+class _Batch:
+    """A batch of another router with messages that somebody waits for; a waiter (`tidings.cluster.flows.Waiter`)."""
+
+    __slots__ = ("_left", "_link", "_sequence")
+
+    def __init__(self, link: IncomingLink, sequence: int) -> None:
+        self._link = link
+        self._sequence = sequence
+        # It is being taken itself.
+        self._left = 1
+
+    def expect(self) -> None:
+        self._left += 1
+
+    def settle(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self._link.safe(self._sequence)
 
 
 class IncomingLink:
@@ -157,17 +202,23 @@ class IncomingLink:
         if not sequence:
             return
         if outbox.take(sequence):
+            batch = _Batch(self, sequence)
             for index, envelope in enumerate(request.envelopes):
                 try:
-                    self._take(sequence, index, envelope)
+                    self._take(sequence, index, envelope, batch)
                 except Exception:
                     # It must not take those behind it along: of a batch that was taken none may be forgotten.
                     log.exception("forwarded_item_failed", router=self.incarnation, forwarding=envelope.forwarding)
                     outbox.begin_item().answers.add(sequence=sequence, index=index, refused=True)
             outbox.safe = sequence
+            batch.settle()
         outbox.confirm_soon()
 
-    def _take(self, sequence: int, index: int, envelope: Envelope) -> None:
+    def safe(self, sequence: int) -> None:
+        """All that somebody waits for in a batch is safe here."""
+        self.outbox.begin_item().safe.append(sequence)
+
+    def _take(self, sequence: int, index: int, envelope: Envelope, batch: _Batch) -> None:
         account, _, resource = envelope.to_jid.partition("/")
         mode = Mode(envelope.forwarding)
         item = Item(
@@ -175,6 +226,9 @@ class IncomingLink:
             (envelope.children[0], envelope.stanza) if mode in NOTES else envelope,
             mode, source=self.incarnation, answer=partial(self._answered, sequence, index, envelope.prompt),
         )  # fmt: skip
+        if envelope.kind == MESSAGE and envelope.number and mode not in NOTES:
+            batch.expect()
+            item.waiter = batch
         self._forwarder.incoming(item, envelope.view_version, envelope.refusals_seen)
         if item.answer is not None:
             self.outbox.begin_item().answers.add(sequence=sequence, index=index, later=True)

@@ -102,6 +102,7 @@ class RouterApi(RouterServiceServicer):
             self._spawn,
             _cutter(f"connector {caller.name}"),
         )
+        link.location = first.hello.location
         welcome = outbox.begin_item().welcome
         welcome.router_incarnation = self._incarnation
         welcome.fresh = True

@@ -136,7 +136,7 @@ class HandOver:
 
     def place(self, session: Session) -> None:
         """Starts to hand a session over, if it belongs elsewhere."""
-        if session.moving or session.closed or session.link is None:
+        if session.moving or session.closed or (session.link is None and session.waits is None):
             return
         node = self.target(session.account)
         if node is not None:
@@ -148,18 +148,20 @@ class HandOver:
     async def _move(self, session: Session, node: Node) -> None:
         async with self._slots:
             link = session.link
-            moved = link is not None and self._is_here(session) and await self._try(session, node, link)
+            movable = link is not None or session.waits is not None
+            moved = movable and self._is_here(session) and await self._try(session, node, link)
         if not moved:
             session.moving = False
             await asyncio.sleep(RETRY)
             if self._is_here(session):
                 self.place(session)
 
-    async def _try(self, session: Session, node: Node, link: ConnectorLink) -> bool:
-        """Whether the session is the other router's now."""
+    async def _try(self, session: Session, node: Node, link: ConnectorLink | None) -> bool:
+        """Whether the session is the other router's now. One without a stream waits for its client there."""
         if not await self._binding.is_reachable(session) or not self._is_here(session):
             return False  # without the database it would have to stand still till that is back
-        if not await self._is_still(session, link) or not self._is_here(session):
+        still = await self._is_still(session, link)
+        if not still or not self._is_here(session) or session.link is not link:
             self._stay(session, link)
             return False
         session.frozen = deque()
@@ -186,8 +188,20 @@ class HandOver:
     def _is_here(self, session: Session) -> bool:
         return self._sessions.get(session.id) is session
 
-    async def _is_still(self, session: Session, link: ConnectorLink) -> bool:
-        """Whether, in time, nothing more comes from the client, and all that it has sent is dealt with."""
+    async def _is_still(self, session: Session, link: ConnectorLink | None) -> bool:
+        """Whether, in time, nothing more comes from the client, and all that it has sent is dealt with and safe."""
+        try:
+            if link is not None:
+                await self._is_silent(session, link)
+            async with asyncio.timeout(QUIET_TIMEOUT):
+                await self._quiet(session)
+        except TimeoutError:
+            log.warning("session_not_moved", session=session.id, reason="it was not quiet in time")
+            return False
+        return True
+
+    async def _is_silent(self, session: Session, link: ConnectorLink) -> None:
+        """Waits until the connector has said that nothing more comes. Raises TimeoutError."""
         self._questions += 1
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked[session.id] = (self._questions, answered)
@@ -195,14 +209,8 @@ class HandOver:
         try:
             async with asyncio.timeout(READY_TIMEOUT):
                 await answered
-            async with asyncio.timeout(QUIET_TIMEOUT):
-                await self._quiet(session)
-        except TimeoutError:
-            log.warning("session_not_moved", session=session.id, reason="it was not quiet in time")
-            return False
         finally:
             self._asked.pop(session.id, None)
-        return True
 
     def ready(self, session: Session, attempt: int) -> None:
         """The connector has stopped reading, as it was asked in this attempt."""
@@ -215,17 +223,21 @@ class HandOver:
         self.ready(session, self._asked.get(session.id, (0, None))[0])
 
     async def _quiet(self, session: Session) -> None:
-        """Waits until all that the session has sent is dealt with, and all that was stored for it given to it."""
+        """Waits until all that the session has sent is dealt with and safe, and all that was stored for it given to
+        it."""
+        inbound = session.inbound
         while True:
             await session.lane.idle()
-            if not session.holds and not self._routing.forwarder.under_way(session.account):
+            safe = inbound.safe_through == inbound.number and session.withheld is None
+            if safe and not session.holds and not self._routing.forwarder.under_way(session.account):
                 return
             await asyncio.sleep(LOOK)
 
     async def _adopted_by(self, node: Node, session: Session) -> bytes | None:
         """Has another router take a session over: the ticket for its connector, or None when it stays here after all.
         Raises _Lost."""
-        record = record_of(session, self._routing.deliveries.deadlines.left(session))
+        left = session.waits.when() - asyncio.get_running_loop().time() if session.waits is not None else 0.0
+        record = record_of(session, self._routing.deliveries.deadlines.left(session), max(0.0, left))
         request = AdoptSessionRequest(record=record, stream=session.stream)
         pause = 0.0
         while True:
@@ -254,16 +266,19 @@ class HandOver:
         if unsettled is not None:
             await asyncio.shield(unsettled)
 
-    def _give(self, session: Session, node: Node, link: ConnectorLink, ticket: bytes) -> None:
+    def _give(self, session: Session, node: Node, link: ConnectorLink | None, ticket: bytes) -> None:
         """It is the other router's now."""
         kept = self._routing.deliveries.kept(session)
         self._sessions.remove(session)
         session.link = None
-        link.release(session)
-        moved = link.command(session.stream).moved
-        moved.router_incarnation = node.incarnation
-        moved.view_version = self._view.version
-        moved.ticket = ticket
+        if link is not None:
+            link.release(session)
+            moved = link.command(session.stream).moved
+            moved.router_incarnation = node.incarnation
+            moved.view_version = self._view.version
+            moved.ticket = ticket
+        elif session.waits is not None:
+            session.waits.cancel()
         self._routing.deliveries.deadlines.ended(session)
         self._routing.strategy.session_closed(session.account, session.jid.resource)
         for handler in self._hooks.session_left:
@@ -309,13 +324,14 @@ class HandOver:
                 continue
             lane.run(self._routing.route, envelope)
 
-    def _stay(self, session: Session, link: ConnectorLink) -> None:
+    def _stay(self, session: Session, link: ConnectorLink | None) -> None:
         """The move did not come about; all goes on as before. The connector is told in any case: it may hold back the
         end of the stream."""
         frozen, session.frozen = session.frozen, None
         for envelope in frozen or ():
             self._routing.deliveries.deliver(session, envelope)
-        link.command(session.stream).moved.SetInParent()
+        if link is not None:
+            link.command(session.stream).moved.SetInParent()
 
 
 def _portions(kept: list[Envelope]) -> Iterator[tuple[int, list[Envelope]]]:

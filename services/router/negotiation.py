@@ -20,13 +20,17 @@ from tidings.xmpp.errors import SaslError, StanzaError, StreamError
 from tidings.xmpp.jid import Jid, JidError
 from tidings.xmpp.parser import parse_stanza
 from tidings.xmpp.stanza import Stamp, error_stanza, escape_text, iq_result
+from tidings.xmpp.stream_management import ENABLE, FEATURE, RESUME, failed
 
 if TYPE_CHECKING:
+    from services.router.acknowledgements import Acknowledgements
     from services.router.adoption import Adoption
     from services.router.binding import Binding
     from services.router.connector_link import ConnectorLink
     from services.router.hand_over import HandOver
+    from services.router.resumption import Resumption
     from services.router.routing import Routing
+    from services.router.safety import Safety
     from services.router.store import AccountStore
     from services.router.tickets import Tickets
 
@@ -78,9 +82,15 @@ class Negotiator:
         hand_over: HandOver,
         adoption: Adoption,
         tickets: Tickets,
+        safety: Safety,
+        acknowledgements: Acknowledgements,
+        resumption: Resumption,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self.routing = routing
+        self.safety = safety
+        self.acknowledgements = acknowledgements
+        self.resumption = resumption
         self._binding = binding
         self.hand_over = hand_over
         self.adoption = adoption
@@ -106,12 +116,17 @@ class Negotiator:
                 return
             stream.account = Jid.parse(ticket.account)
             stream.moves = ticket.moves
+            if ticket.resume:
+                # Another router has found that its session is here.
+                stream.lane.run(self.resumption.resume, stream, Envelope(stanza=ticket.resume))
+                return
         if stream.account is not None and self._sent_on(stream):
             return
         parts: list[bytes] = []
         authenticated = stream.account is not None
         if authenticated:
             parts.append(b"<bind xmlns='%b'/>" % ns.BIND.encode())
+            parts.append(FEATURE)
         else:
             parts.append(self._authentication.features(opened))
         parts.extend(make(opened.host) for after, make in self._hooks.stream_features if after is authenticated)
@@ -123,10 +138,21 @@ class Negotiator:
         node = self.hand_over.target(account) if stream.moves < MAX_MOVES else None
         if node is None:
             return False
-        ticket = self._tickets.seal(stream.link.incarnation, account, moves=stream.moves + 1)
-        stream.link.moved(stream.number, node.incarnation, self.routing.forwarder.view.version, ticket)
-        log.debug("stream_moved", account=account, to=node.hostname)
+        self._send_to(stream, node.incarnation, b"")
         return True
+
+    def send_to_session(self, stream: Negotiation, router: str, request: Envelope) -> bool:
+        """Sends a stream that resumes on to the router of its session; False when it has come far enough."""
+        if stream.moves >= MAX_MOVES or self.routing.forwarder.view.by_incarnation(router) is None:
+            return False
+        self._send_to(stream, router, request.stanza)
+        return True
+
+    def _send_to(self, stream: Negotiation, router: str, resume: bytes) -> None:
+        account = str(stream.account)
+        ticket = self._tickets.seal(stream.link.incarnation, account, moves=stream.moves + 1, resume=resume)
+        stream.link.moved(stream.number, router, self.routing.forwarder.view.version, ticket)
+        log.debug("stream_moved", account=account, to=router)
 
     # --- SASL ---
 
@@ -191,9 +217,7 @@ class Negotiator:
 
     def stanza(self, stream: Negotiation, envelope: Envelope) -> Awaitable[None] | None:
         if envelope.kind not in KIND_NAMES:
-            # RFC 6120 4.9.3.24.
-            stream.link.close(stream.number, "unsupported-stanza-type")
-            return None
+            return self._nonza(stream, envelope)
         if stream.session is not None:
             self._sent_ahead(stream, stream.session, envelope)
             return None
@@ -201,6 +225,19 @@ class Negotiator:
             stream.link.close(stream.number, "not-authorized")
             return None
         return self._request(stream, envelope)
+
+    def _nonza(self, stream: Negotiation, envelope: Envelope) -> Awaitable[None] | None:
+        if stream.session is not None:
+            self.acknowledgements.nonza(stream.link, stream.session, envelope)
+        elif stream.account is not None and envelope.type == RESUME:
+            return self.resumption.resume(stream, envelope)
+        elif stream.account is not None and envelope.type == ENABLE:
+            # XEP-0198 3: not before there is a session.
+            stream.link.command(stream.number).element = failed("unexpected-request")
+        else:
+            # RFC 6120 4.9.3.24.
+            stream.link.close(stream.number, "unsupported-stanza-type")
+        return None
 
     def _sent_ahead(self, stream: Negotiation, session: Session, envelope: Envelope) -> None:
         """Sent before the client could know that it is bound; it is, so it counts as what it sends behind that."""
@@ -214,7 +251,8 @@ class Negotiator:
             return
         envelope.stanza = Stamp(session.jid_text, session.lang).apply(element)
         envelope.from_jid = session.jid_text
-        session.lane.run(self.routing.from_session, session, envelope)
+        if self.safety.accept(session, envelope):
+            session.lane.run(self.routing.from_session, session, envelope)
 
     async def _request(self, stream: Negotiation, envelope: Envelope) -> None:
         try:
@@ -318,7 +356,12 @@ class Negotiator:
                 session.link = None
             self.routing.deliveries.deadlines.ended(session)
             self.hand_over.ended(session)
-            kept = [*self.adoption.ended(session), *self.routing.deliveries.kept(session)]
+            self.resumption.ended(session)
+            kept = [
+                *self.routing.deliveries.unconfirmed(session),
+                *self.adoption.ended(session),
+                *self.routing.deliveries.kept(session),
+            ]
             self.routing.strategy.session_closed(session.account, session.jid.resource)
             self.hand_over.send_on(session, kept)
             if not await self._binding.give_up(session):

@@ -38,6 +38,14 @@ class Rosters:
             return self._cached.setdefault(key, roster)
         return roster
 
+    def has(self, account: str, contact: str) -> bool | None:
+        """Whether a contact is in an account's roster; None when that is not known here now."""
+        roster = self._cached.get(account)
+        if roster is None:
+            return None
+        item = roster.items.get(contact)
+        return item is not None and item.listed
+
     def forget(self, account: str) -> None:
         """The account has no session here any more, or its roster is gone."""
         self._cached.pop(account, None)

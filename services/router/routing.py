@@ -18,16 +18,14 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from services.router import delivery
+from services.router.account_delivery import AccountDelivery
 from services.router.answers import Answers, Components, Pending
 from services.router.deliveries import REQUESTS, Deliveries, is_tracked
-from services.router.delivery import Action, Addressed
 from services.router.endings import Endings
 from services.router.notes import Notes
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
-from tidings.cluster.node import NodeState
 from tidings.cluster.strategy import HERE, Plan, Strategy
 from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
@@ -39,16 +37,12 @@ from tidings.xmpp.jid import Jid, JidError
 
 if TYPE_CHECKING:
     from services.router.forward_links import ForwardLinks
+    from services.router.safety import Safety
     from services.router.store import AccountStore, SessionTable
 
 log = get_logger("router")
 
 _step: ContextVar[Lane] = ContextVar("step")
-
-# How often an item was missed: nobody took it where the strategy said; nor where the table said.
-TABLE_ASKED = 2
-# Seconds to wait for a view that shows a router which only the table knows.
-NEWER_VIEW = 1.0
 
 # RFC 6121 4.7.1; presence without a type is available.
 PRESENCE_TYPES = frozenset(
@@ -67,6 +61,7 @@ class Routing:
         accounts: AccountStore,
         components: Components,
         table: SessionTable,
+        safety: Safety,
         links: ForwardLinks,
         own: str,
         newer_view: Callable[[float], Awaitable[bool]],
@@ -74,13 +69,10 @@ class Routing:
     ) -> None:
         """`own`: this router's incarnation. `newer_view`: waits so many seconds for the view to change."""
         self.hosts = hosts
-        self._own = own
-        self._newer_view = newer_view
         self._sessions = sessions
         self._hooks = hooks
-        self._accounts = accounts
         self._components = components
-        self._table = table
+        self.safety = safety
         self._links = links
         self._spawn = spawn
         self.deliveries = Deliveries(sessions)
@@ -88,11 +80,12 @@ class Routing:
         self.notes = Notes(hooks, self.step)
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
         self.strategy: Strategy = None  # type: ignore[assignment]
-        # The other routers of the view that may have sessions.
-        self._others: frozenset[str] = frozenset()
-        # Some router hands its sessions to others.
-        self._draining = False
         self.answers = Answers(sessions, hooks, components, self.deliveries, self.step, self._reply_elsewhere)
+        self._at_account = AccountDelivery(
+            own, sessions, hooks, accounts, table, safety, self.deliveries, self.answers, newer_view
+        )
+        # Told of what a session answers to the server.
+        self.on_answer: Callable[[Session, Envelope], object] = lambda _session, _envelope: None
         # For metrics.
         self.received = 0
 
@@ -101,11 +94,10 @@ class Routing:
         self.strategy = strategy
         self.forwarder = forwarder
         self.notes.start(strategy, forwarder)
+        self._at_account.start(strategy, forwarder)
 
     def view_changed(self, view: ClusterView) -> None:
-        nodes = view.with_router_sessions()
-        self._others = frozenset(node.incarnation for node in nodes) - {self._own}
-        self._draining = any(node.state is NodeState.DRAINING for node in nodes)
+        self._at_account.view_changed(view)
 
     # --- what modules send while they handle something ---
 
@@ -128,13 +120,23 @@ class Routing:
     # --- in ---
 
     def from_session(self, session: Session, envelope: Envelope) -> Pending:
-        """Takes a stanza that a session sent; `from_jid` has been set to the session's full JID."""
+        """Takes a stanza that a session sent, and that safety has accepted; `from_jid` is the session's full JID."""
+        pending = self._from_session(session, envelope)
+        if pending is not None:
+            return self._dealt_later(pending, session, envelope.number)
+        self.safety.dealt(session, envelope.number)
+        return None
+
+    async def _dealt_later(self, pending: Awaitable[None], session: Session, number: int) -> None:
+        try:
+            await pending
+        finally:
+            self.safety.dealt(session, number)
+
+    def _from_session(self, session: Session, envelope: Envelope) -> Pending:
         kind = envelope.kind
         if kind != MESSAGE and self._sessions.get(session.id) is not session:
             return None  # it has ended meanwhile: nobody is to see it available, or to answer it
-        session.number = number = session.number + 1
-        envelope.number = number
-        envelope.origin = session.id
         self.received += 1
         try:
             to = self._in_order(envelope, kind, session)
@@ -142,6 +144,8 @@ class Routing:
             self.answers.refuse(envelope, error, session)
             return None
         try:
+            if kind == MESSAGE:
+                self.safety.sent(session, envelope, to)
             handlers = self._hooks.sent.get(kind)
             if handlers is not None:
                 # Only kinds that a module watches are wrapped: messages mostly are not.
@@ -244,6 +248,8 @@ class Routing:
         if envelope.kind == IQ:
             if envelope.type in REQUESTS:
                 return self.answers.request(envelope, Where.SERVER, session)
+            if session is not None:
+                self.on_answer(session, envelope)
             return None
         if envelope.kind == MESSAGE and envelope.type not in ("error", "headline"):
             raise StanzaError("service-unavailable")
@@ -258,16 +264,26 @@ class Routing:
             # What most stanzas are: for a session that is here.
             match = self._sessions.of(account).get(to.resource)
             if match is not None:
-                self.deliveries.to_session(match, envelope)
+                self._at_account.give(match, envelope)
                 return None
         if session is not None and account == session.account and kind == IQ and not to.resource:
             # The session's own roster and the like are dealt with where the session is, also while it is not at its
             # home: only there modules see whose it is.
             return self.decide(Item(flow, account, "", envelope, origin=session), HERE)
-        pending: Pending = self.forwarder.run(Item(flow, account, to.resource, envelope, origin=session))
+        waiter = self.safety.waiter(envelope) if kind == MESSAGE else None
+        item = Item(flow, account, to.resource, envelope, origin=session, waiter=waiter)
+        pending: Pending = self.forwarder.run(item)
+        if pending is not None and waiter is not None:
+            return self._dealt_with(pending, item)
         if pending is None and session is not None and len(self.forwarder) and self.forwarder.long(flow):
             return self._relief(flow)
         return pending
+
+    async def _dealt_with(self, pending: Awaitable[None], item: Item) -> None:
+        try:
+            await pending
+        finally:
+            self.forwarder.dealt(item)
 
     async def _relief(self, flow: tuple[str, str]) -> None:
         """Holds a sender up until what it has sent to an account is on its way."""
@@ -289,11 +305,11 @@ class Routing:
         if item.mode is Mode.NOTE:
             return self.notes.noted(item)
         if item.mode is Mode.SESSIONS:
-            item.taken = self._to_sessions_here(envelope, item)
+            item.taken = self._at_account.to_sessions_here(envelope, item)
             return None
         try:
             if item.missed:
-                return self._absent(item)
+                return self._at_account.absent(item)
             handlers = self._hooks.received.get(envelope.kind)
             if handlers is not None:
                 rest = self._offer(handlers, Stanza(envelope, item.origin), 0)
@@ -301,7 +317,7 @@ class Routing:
                     return None
                 if rest is not True:
                     return self._deliver_after(rest, item, plan)
-            return self._deliver_to_account(item, plan)
+            return self._at_account.deliver(item, plan)
         except (StanzaError, JidError) as error:
             self.answers.refuse(envelope, error)
         except Exception:
@@ -330,126 +346,10 @@ class Routing:
             async with self.step():
                 go_on = await rest
             if go_on:
-                pending = self._deliver_to_account(item, plan)
+                pending = self._at_account.deliver(item, plan)
                 if pending is not None:
                     await pending
         except (StanzaError, JidError, DatabaseAway) as error:
-            self.answers.refuse(envelope, error)
-        except Exception:
-            self.answers.failed(envelope)
-
-    def _deliver_to_account(self, item: Item, plan: Plan) -> Pending:
-        """Gives a stanza to the sessions that are here, and copies to routers that may have others."""
-        envelope: Envelope = item.payload
-        kind = envelope.kind
-        if item.resource:
-            match = self._sessions.of(item.account).get(item.resource)
-            if match is not None:
-                self.deliveries.to_session(match, envelope)
-                return None
-        elif kind == IQ:
-            if envelope.type in REQUESTS:
-                return self.answers.request(envelope, Where.ACCOUNT, item.origin)
-            return None
-        else:
-            action = delivery.decide(kind, envelope.type, Addressed.BARE_PRESENT)
-            if action is Action.BOUNCE:
-                raise StanzaError("service-unavailable")
-            if action is Action.IGNORE:
-                return None
-        taken = not item.resource and self._to_sessions_here(envelope, item)
-        if plan.nodes:
-            if kind == PRESENCE and not plan.certain and not self._may_move(item.account):
-                # Nobody is known to be there, and mostly nobody is: the table is not asked for each of these.
-                item.missed = TABLE_ASKED - 1
-            self.forwarder.copies(item, plan, taken)
-            return None
-        return None if taken else self._absent(item)
-
-    def _to_sessions_here(self, envelope: Envelope, item: Item) -> bool:
-        """RFC 6121 8.5.2.1, 8.5.3.1 for the sessions of this router; whether there were any."""
-        sessions = self._sessions.of(item.account)
-        if item.resource:
-            match = sessions.get(item.resource)
-            if match is not None:
-                self.deliveries.to_session(match, envelope)
-            return match is not None
-        kind = envelope.kind
-        present = (
-            delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(sessions.values())
-        )
-        for receiver in present:
-            self.deliveries.to_session(receiver, envelope)
-        return bool(present)
-
-    def _may_move(self, account: str) -> bool:
-        """Whether sessions of an account may be on their way to another router."""
-        return self._draining or bool(self.strategy.keeper(account))
-
-    def _absent(self, item: Item) -> Pending:
-        """Nobody takes it, as far as the strategy knows. Where other routers are, the table has the last word; for
-        presence only when the strategy was wrong: a session may just have moved."""
-        if item.missed and self._to_sessions_here(item.payload, item):
-            return None  # it came here while the others were asked
-        if self._others and item.missed < TABLE_ASKED and (item.missed or item.payload.kind != PRESENCE):
-            return self._ask_table(item)
-        return self._nobody(item)
-
-    async def _ask_table(self, item: Item) -> None:
-        try:
-            nodes = await self._by_table(item)
-            if nodes - self._others - {self._own} and await self._newer_view(NEWER_VIEW):
-                # A router that has only just come, or has just been put out.
-                nodes = await self._by_table(item)
-            elsewhere = tuple(sorted(nodes & self._others))
-            if elsewhere:
-                log.debug("found_by_table", account=item.account, routers=elsewhere)
-                item.missed = TABLE_ASKED
-                self.forwarder.copies(item, Plan(nodes=elsewhere), False)
-                return
-            if self._own in nodes and self._to_sessions_here(item.payload, item):
-                return
-            pending = self._nobody(item)
-            if pending is not None:
-                await pending
-        except (StanzaError, JidError, DatabaseAway) as error:
-            if item.payload.kind != PRESENCE:
-                self.answers.refuse(item.payload, error)
-        except Exception:
-            self.answers.failed(item.payload)
-
-    async def _by_table(self, item: Item) -> set[str]:
-        """The routers that have sessions which an item may be for."""
-        rows = await self._table.of_account(Jid.parse(item.account))
-        return {row.router for row in rows if not item.resource or row.jid.resource == item.resource}
-
-    def _nobody(self, item: Item) -> Pending:
-        """RFC 6121 8.5.2.2 and 8.5.3.2: there is no session for it."""
-        envelope: Envelope = item.payload
-        kind = envelope.kind
-        if item.resource and kind == MESSAGE:
-            if delivery.decide(kind, envelope.type, Addressed.FULL_PRESENT) is Action.NON_NEGATIVE:
-                # 8.5.3.2.1: as if it had been addressed to the bare JID.
-                item.resource = ""
-                item.missed = 0
-                return self._deliver_to_account(item, self.strategy.locate(item.account, ""))
-        addressed = Addressed.FULL_ABSENT if item.resource else Addressed.BARE_ABSENT
-        action = delivery.decide(kind, envelope.type, addressed)
-        if action is Action.STORE:
-            return self._store(envelope, Jid.parse(item.account))
-        if action is Action.BOUNCE:
-            raise StanzaError("service-unavailable")
-        return None
-
-    async def _store(self, envelope: Envelope, account: Jid) -> None:
-        try:
-            if await self._accounts.exists(account.domain, account.local):
-                for handler in self._hooks.undelivered:
-                    kept = handler(Stanza(envelope))
-                    if kept is True or (kept is not False and await kept):
-                        return
-            self.answers.refuse(envelope, StanzaError("service-unavailable"))
-        except (StanzaError, DatabaseAway) as error:
             self.answers.refuse(envelope, error)
         except Exception:
             self.answers.failed(envelope)
@@ -458,7 +358,7 @@ class Routing:
         """An answer for somebody who has no session here."""
         if to.domain not in self.hosts:
             self._components.send(to.domain, reply)
-        elif self._others and to.local:
+        elif self._at_account.others and to.local:
             # An answer is never refused, so nothing comes of waiting for it.
             pending = self._to_account(reply, to, None)
             if pending is not None:

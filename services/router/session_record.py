@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from services.router.sessions import Session
-from tidings.api.common.v1.session_pb2 import AskedIq, SessionFlags, SessionRecord
+from tidings.api.common.v1.session_pb2 import AskedIq, SessionFlags, SessionRecord, UnconfirmedMessage
+from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import PRESENCE
 from tidings.xmpp.jid import Jid
 
 
-def record_of(session: Session, asked: Iterable[tuple[str, str, float]]) -> SessionRecord:
-    """`asked`: its IQ requests that wait for an answer: to whom, the id, and the seconds that are left."""
+def record_of(session: Session, asked: Iterable[tuple[str, str, float]], left: float = 0.0) -> SessionRecord:
+    """`asked`: its IQ requests that wait for an answer: to whom, the id, and the seconds that are left. `left`:
+    seconds for which it still waits for its client, when its stream has broken. All that it has sent is safe by now.
+    """
+    inbound, outbound = session.inbound, session.outbound
     record = SessionRecord(
-        id=session.id, epoch=session.epoch, jid=session.jid_text, lang=session.lang, sent=session.delivered,
-        number=session.number, taken=session.taken, directed_presence=sorted(session.directed),
+        id=session.id, epoch=session.epoch, jid=session.jid_text, lang=session.lang,
+        handled=inbound.handled, counts=inbound.counts, number=inbound.number,
+        sent=outbound.sent, acknowledged=outbound.acknowledged, sent_before_counting=outbound.base,
+        taken=session.taken, directed_presence=sorted(session.directed),
         flags=SessionFlags(interested=session.interested, priority=session.priority),
+        resume_seconds=session.resume_seconds, resume_left=left,
         connector_incarnation=session.connector, notes=session.notes,
         asked=[AskedIq(to_jid=to, id=id_, left=left) for to, id_, left in asked],
     )  # fmt: skip
+    for number, what in outbound.queue:
+        if isinstance(what, Envelope):
+            record.unacknowledged.add().CopyFrom(what)
+            record.unacknowledged[-1].delivery = number
+        else:
+            record.unconfirmed_messages.append(UnconfirmedMessage(delivery=number, id=what))
     if session.presence is not None:
         record.presence.kind = PRESENCE
         record.presence.stanza = session.presence
@@ -32,12 +46,25 @@ def session_of(record: SessionRecord, stream: int, spawn: Callable[[Any, str], A
     session.id = record.id
     session.epoch = record.epoch + 1
     session.connector = record.connector_incarnation
-    session.number = record.number
-    session.delivered = record.sent
     session.taken = dict(record.taken)
     session.directed = set(record.directed_presence)
     session.interested = record.flags.interested
     session.priority = record.flags.priority
     session.notes = dict(record.notes)
     session.presence = record.presence.stanza if record.HasField("presence") else None
+    session.resume_seconds = record.resume_seconds
+    inbound, outbound = session.inbound, session.outbound
+    inbound.number = record.number
+    if record.counts:
+        inbound.enable()
+        inbound.handled = record.handled
+    outbound.sent = outbound.asked = record.sent
+    outbound.acknowledged = record.acknowledged
+    outbound.base = record.sent_before_counting
+    queue: list[tuple[int, Envelope | bytes]] = [(one.delivery, one) for one in record.unacknowledged]
+    queue += [(one.delivery, one.id) for one in record.unconfirmed_messages]
+    if queue:
+        # It came in one message, which is no longer than the queue itself.
+        outbound.queue = deque(sorted(queue, key=lambda entry: entry[0]))
+        outbound.asked = outbound.acknowledged
     return session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tidings.kit.link import Lane
 from tidings.xmpp.jid import Jid
+from tidings.xmpp.stream_management import Inbound, Outbound
 
 if TYPE_CHECKING:
     from services.router.connector_link import ConnectorLink
@@ -27,9 +29,9 @@ class Session:
     """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
 
     __slots__ = (
-        "account", "asked", "closed", "connector", "delivered", "directed", "early", "epoch", "frozen", "held",
-        "holds", "id", "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes", "number",
-        "presence", "priority", "seen_available", "stream", "taken",
+        "account", "asked", "asks", "closed", "connector", "directed", "early", "epoch", "frozen", "held", "holds",
+        "id", "inbound", "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes", "outbound",
+        "pinged", "presence", "priority", "resume_seconds", "seen_available", "stream", "taken", "waits", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -53,9 +55,18 @@ class Session:
         self.interested = False
         self.directed: set[str] = set()
         self.notes: dict[str, bytes] = {}
-        # Stanzas taken from it, and written to it.
-        self.number = 0
-        self.delivered = 0
+        # Stanzas taken from it, and written to it (XEP-0198).
+        self.inbound = Inbound()
+        self.outbound: Outbound[Envelope | bytes] = Outbound()
+        # Its client has asked what is handled, and will be told when more is.
+        self.asks = False
+        # Seconds for which it waits for its client; 0: it ends with its stream. And what ends that waiting.
+        self.resume_seconds = 0
+        self.waits: asyncio.TimerHandle | None = None
+        # Of a client without XEP-0198: the delivery that a ping has asked about; and by sender, answers that wait
+        # until what it has sent before is safe.
+        self.pinged = 0
+        self.withheld: dict[str, deque[tuple[int, Envelope]]] | None = None
         # The last number that it took from each session that sent it something, so that hops may repeat.
         self.taken: dict[str, int] = {}
         # IQ requests that wait for an answer, with the time when that is over (see iq_deadlines.py).

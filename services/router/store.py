@@ -1,4 +1,5 @@
-"""Where the router keeps accounts, rosters and messages: the ports, and what implementations must do.
+"""Where the router keeps accounts, rosters and sessions: the ports, and what implementations must do. Messages have
+ports of their own (messages.py).
 
 Every method is atomic and may raise DatabaseAway: then it may or may not have happened, and may be repeated.
 Parts of JIDs are prepared (RFC 7622) by the caller.
@@ -6,7 +7,7 @@ Parts of JIDs are prepared (RFC 7622) by the caller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -100,52 +101,6 @@ class RosterStore(Protocol):
 
     async def changes(self, account: Jid, since: int) -> list[tuple[int, str]] | None:
         """Who changed after a version, each with its last version, oldest first; None: that is not known."""
-
-    async def delete_all(self, account: Jid) -> None: ...
-
-
-class KeptMessage(NamedTuple):
-    """A message that waits for its account."""
-
-    # Its place among the account's messages: grows in the order in which they were committed.
-    position: int
-    id: str
-    from_jid: str
-    received_unix_ms: int
-    stanza: bytes
-
-
-class MessageStore(Protocol):
-    """The messages of accounts."""
-
-    async def keep(
-        self,
-        account: Jid,
-        *,
-        id_: str,
-        from_jid: str,
-        received_unix_ms: int,
-        stanza: bytes,
-        origin: str,
-        number: int,
-    ) -> None:
-        """Keeps a message; when it returns, it is committed. A message of the same origin and number that is
-        kept already is not kept twice (with an empty origin nothing is compared)."""
-
-    async def pending_count(self, account: Jid) -> int:
-        """How many messages no session has got."""
-
-    async def take(self, account: Jid, limit: int, give: Callable[[list[KeptMessage]], bool]) -> int:
-        """Gives the first messages that no session has got to `give`, by position, `limit` at most. When it answers
-        True they wait no longer, else all of them do. Returns how many were given; 0 when none waits, or when they
-        were not taken.
-
-        Of several callers, on whichever routers, only one MUST get a message: implementations call `give` within the
-        transaction that removes them, as the last thing before its commit. That claims without a mark that somebody
-        would have to take back: who dies meanwhile has changed nothing. It is no long transaction, because `give`
-        does not wait. It MUST take being called again with messages that it has had: when DatabaseAway is raised
-        behind it the messages may still wait, and a transaction that met another one is run again.
-        """
 
     async def delete_all(self, account: Jid) -> None: ...
 

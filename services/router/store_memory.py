@@ -5,10 +5,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from services.router.store import AccountExists, AccountRow, KeptMessage, Roster, RosterItem, SessionRow
+from services.router.store import AccountExists, AccountRow, Roster, RosterItem, SessionRow
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.sasl import ScramKeys
 
@@ -88,48 +88,6 @@ class MemoryRosterStore:
     async def delete_all(self, account: Jid) -> None:
         self._rosters.pop(account, None)
         self._changed.pop(account, None)
-
-
-class MemoryMessageStore:
-    """Satisfies `services.router.store.MessageStore`."""
-
-    def __init__(self) -> None:
-        self._messages: dict[Jid, list[KeptMessage]] = {}
-        self._known: set[tuple[Jid, str, int]] = set()
-        self._last = 0
-
-    async def keep(
-        self,
-        account: Jid,
-        *,
-        id_: str,
-        from_jid: str,
-        received_unix_ms: int,
-        stanza: bytes,
-        origin: str,
-        number: int,
-    ) -> None:
-        if origin:
-            if (account, origin, number) in self._known:
-                return
-            self._known.add((account, origin, number))
-        self._last += 1
-        kept = KeptMessage(self._last, id_, from_jid, received_unix_ms, stanza)
-        self._messages.setdefault(account, []).append(kept)
-
-    async def pending_count(self, account: Jid) -> int:
-        return len(self._messages.get(account, ()))
-
-    async def take(self, account: Jid, limit: int, give: Callable[[list[KeptMessage]], bool]) -> int:
-        messages = self._messages.get(account, [])
-        first = messages[:limit]
-        if not first or not give(first):
-            return 0
-        del messages[: len(first)]
-        return len(first)
-
-    async def delete_all(self, account: Jid) -> None:
-        self._messages.pop(account, None)
 
 
 class MemorySessionTable:

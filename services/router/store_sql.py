@@ -1,4 +1,4 @@
-"""The router's accounts and rosters in the shared database. Messages: store_sql_messages.py."""
+"""The router's accounts and rosters in the shared database. Messages: messages_sql.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,9 @@ from services.router.schema import (
     router_values,
 )
 from services.router.store import AccountExists, AccountRow, Roster, RosterItem
-from services.router.store_sql_messages import SqlMessageStore
 from tidings.kit.db import Database, insert_or_update
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.sasl import ScramKeys
-
-__all__ = ["SqlAccountStore", "SqlMessageStore", "SqlRosterStore"]
 
 
 def of(table: sa.Table, host: str, local: str) -> sa.ColumnElement[bool]:

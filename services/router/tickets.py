@@ -27,10 +27,14 @@ class Tickets:
         """`key`: 32 bytes."""
         self._cipher = AESGCM(key)
 
-    def seal(self, connector: str, account: str, session: str = "", epoch: int = 0, moves: int = 0) -> bytes:
+    def seal(
+        self, connector: str, account: str, session: str = "", epoch: int = 0, moves: int = 0, resume: bytes = b""
+    ) -> bytes:
         """A ticket for one start of a connector."""
         assert self._cipher is not None
-        ticket = Ticket(session=session, account=account, epoch=epoch, connector_incarnation=connector, moves=moves)
+        ticket = Ticket(
+            session=session, account=account, epoch=epoch, connector_incarnation=connector, moves=moves, resume=resume
+        )
         nonce = secrets.token_bytes(NONCE_BYTES)
         return nonce + self._cipher.encrypt(nonce, ticket.SerializeToString(), None)
 

@@ -99,7 +99,7 @@ ROWS = [
     Row("another's address behind the bind request", "8.1.2.1", "authenticated", BIND + "<iq type='set' id='2' from='admin@localhost' to='violator@localhost/bystander'><query xmlns='jabber:iq:roster'/></iq>", "invalid-from"),
     Row("another resource's address behind the bind request", "8.1.2.1", "authenticated", BIND + "<iq type='set' id='2' from='violator@localhost/other' to='violator@localhost/bystander'><query xmlns='jabber:iq:roster'/></iq>", "invalid-from"),
     Row("a message behind the bind request", "7.1", "authenticated", BIND + "<message to='violator@localhost/bystander'><body>x</body></message>", "not-authorized"),
-    Row("an element that is no stanza before binding", "4.9.3.24", "authenticated", "<enable xmlns='urn:xmpp:sm:3'/>", "unsupported-stanza-type"),
+    Row("an element that is no stanza before binding", "4.9.3.24", "authenticated", "<letter xmlns='urn:example:x'/>", "unsupported-stanza-type"),
     # --- with a session ---
     Row("another's address", "4.9.3.9", "bound", "<message from='juliet@localhost/x' to='violator@localhost'><body>x</body></message>", "invalid-from"),
     Row("an address that is none", "4.9.3.9", "bound", "<message from='@@' to='violator@localhost'><body>x</body></message>", "invalid-from"),

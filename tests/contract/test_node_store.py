@@ -1,4 +1,5 @@
-"""What the registry's store must do: one suite over memory, SQLite and MariaDB."""
+"""What the registry's store must do: one suite over memory, SQLite, MariaDB, and registries that use different servers
+of Galera at the same time."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from services.registry.store import ChangeKind, NodeStore
 from services.registry.store_memory import MemoryNodeStore
 from services.registry.store_sql import SqlNodeStore
+from tests.contract.spread import Spread, databases
 from tidings.cluster.node import Node, NodeState
 from tidings.kit.database_url import DatabaseUrl, parse
 from tidings.kit.db import Database
@@ -29,10 +32,15 @@ N1 = Node(
 N2 = replace(N1, hostname="n2.example.org", incarnation="i2", address="127.0.0.12")
 
 
-@pytest.fixture(params=["memory", "sqlite", "mysql"])
+@pytest.fixture(params=["memory", "sqlite", "mysql", "galera"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[NodeStore]:
     if request.param == "memory":
         yield MemoryNodeStore()
+        return
+    if request.param == "galera":
+        async with databases(request.getfixturevalue("galera")) as opened:
+            await asyncio.gather(*(migrate(one, "registry", "services.registry:migrations") for one in opened))
+            yield cast(NodeStore, Spread([SqlNodeStore(one) for one in opened]))
         return
     url = (
         DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")

@@ -1,4 +1,5 @@
-"""What the router's stores must do: one suite over memory, SQLite and MariaDB."""
+"""What the router's stores must do: one suite over memory, SQLite, MariaDB, and routers that use different servers of
+Galera at the same time."""
 
 from __future__ import annotations
 
@@ -12,8 +13,6 @@ import pytest
 from services.router.store import (
     AccountExists,
     AccountStore,
-    KeptMessage,
-    MessageStore,
     RosterItem,
     RosterStore,
     SessionRow,
@@ -21,12 +20,12 @@ from services.router.store import (
 )
 from services.router.store_memory import (
     MemoryAccountStore,
-    MemoryMessageStore,
     MemoryRosterStore,
     MemorySessionTable,
 )
-from services.router.store_sql import SqlAccountStore, SqlMessageStore, SqlRosterStore
+from services.router.store_sql import SqlAccountStore, SqlRosterStore
 from services.router.store_sql_sessions import SqlSessionTable
+from tests.contract.spread import Spread, databases
 from tidings.kit.database_url import DatabaseUrl, parse
 from tidings.kit.db import Database
 from tidings.kit.migrations import migrate
@@ -42,14 +41,21 @@ JULIET = Jid.parse("juliet@example.org")
 class Stores:
     accounts: AccountStore
     rosters: RosterStore
-    messages: MessageStore
     sessions: SessionTable
 
 
-@pytest.fixture(params=["memory", "sqlite", "mysql"])
+@pytest.fixture(params=["memory", "sqlite", "mysql", "galera"])
 async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stores]:
     if request.param == "memory":
-        yield Stores(MemoryAccountStore(), MemoryRosterStore(), MemoryMessageStore(), MemorySessionTable())
+        yield Stores(MemoryAccountStore(), MemoryRosterStore(), MemorySessionTable())
+        return
+    if request.param == "galera":
+        async with databases(request.getfixturevalue("galera")) as opened:
+            await asyncio.gather(*(migrate(one, "router", "services.router:migrations") for one in opened))
+            accounts, rosters, table = (
+                Spread([store(one) for one in opened]) for store in (SqlAccountStore, SqlRosterStore, SqlSessionTable)
+            )
+            yield Stores(accounts, rosters, table)
         return
     if request.param == "sqlite":
         url = DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")
@@ -58,10 +64,7 @@ async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     database = Database(url)
     await database.start()
     await migrate(database, "router", "services.router:migrations")
-    messages = SqlMessageStore(database)
-    await messages.start()
-    yield Stores(SqlAccountStore(database), SqlRosterStore(database), messages, SqlSessionTable(database))
-    await messages.stop()
+    yield Stores(SqlAccountStore(database), SqlRosterStore(database), SqlSessionTable(database))
     await database.stop()
 
 
@@ -180,122 +183,6 @@ async def test_a_roster_is_deleted_whole(stores: Stores) -> None:
     await stores.rosters.put(ROMEO, RosterItem("a@example.org"))
     await stores.rosters.delete_all(ROMEO)
     assert (await stores.rosters.load(ROMEO)).items == {}
-
-
-# --- messages ---
-
-
-async def keep(stores: Stores, account: Jid, text: str, origin: str = "", number: int = 0) -> None:
-    await stores.messages.keep(
-        account, id_=f"id-{text}", from_jid="a@example.org/r", received_unix_ms=1_700_000_000_123,
-        stanza=f"<message><body>{text}</body></message>".encode(), origin=origin, number=number,
-    )  # fmt: skip
-
-
-async def take(stores: Stores, account: Jid, limit: int = 1000) -> list[KeptMessage]:
-    """Takes messages for somebody who is there."""
-    taken: list[KeptMessage] = []
-
-    def give(messages: list[KeptMessage]) -> bool:
-        taken.extend(messages)
-        return True
-
-    assert await stores.messages.take(account, limit, give) == len(taken)
-    return taken
-
-
-async def test_messages_come_back_in_the_order_in_which_they_were_kept(stores: Stores) -> None:
-    for number in range(5):
-        await keep(stores, ROMEO, str(number))
-    await keep(stores, JULIET, "other")
-    assert await stores.messages.pending_count(ROMEO) == 5
-    kept = await take(stores, ROMEO, 3)
-    assert [message.id for message in kept] == ["id-0", "id-1", "id-2"]
-    assert kept[0].received_unix_ms == 1_700_000_000_123
-    assert [message.stanza for message in await take(stores, ROMEO)] == [
-        b"<message><body>3</body></message>", b"<message><body>4</body></message>",
-    ]  # fmt: skip
-    assert await take(stores, ROMEO) == []
-
-
-async def test_of_many_who_take_at_once_each_message_is_given_by_one(stores: Stores) -> None:
-    for number in range(40):
-        await keep(stores, ROMEO, str(number))
-    taken: list[list[KeptMessage]] = []
-
-    async def taker() -> None:
-        while messages := await take(stores, ROMEO, 3):
-            taken.append(messages)
-
-    await asyncio.gather(*(taker() for _ in range(6)))
-    positions = [message.position for messages in taken for message in messages]
-    assert sorted(positions) == sorted(set(positions))
-    assert len(positions) == 40
-
-
-async def test_what_nobody_takes_or_somebody_fails_to_take_still_waits(stores: Stores) -> None:
-    await keep(stores, ROMEO, "1")
-    await keep(stores, ROMEO, "2")
-
-    def fails(_messages: list[KeptMessage]) -> bool:
-        raise RuntimeError("the router breaks at this moment")
-
-    assert await stores.messages.take(ROMEO, 10, lambda _messages: False) == 0
-    with pytest.raises(RuntimeError):
-        await stores.messages.take(ROMEO, 10, fails)
-    assert [message.id for message in await take(stores, ROMEO)] == ["id-1", "id-2"]
-
-
-async def test_many_at_once_are_all_kept_with_positions_of_their_own(stores: Stores) -> None:
-    accounts = [Jid.parse(f"u{n}@example.org") for n in range(4)]
-    await asyncio.gather(*(keep(stores, accounts[n % 4], str(n), "s", n) for n in range(200)))
-    for account in accounts:
-        kept = await take(stores, account)
-        assert len(kept) == 50
-        assert len({message.position for message in kept}) == 50
-
-
-async def test_a_message_that_comes_twice_is_kept_once(stores: Stores) -> None:
-    await keep(stores, ROMEO, "x", "session", 7)
-    await keep(stores, ROMEO, "x", "session", 7)
-    await asyncio.gather(*(keep(stores, ROMEO, "y", "session", 8) for _ in range(5)))
-    await keep(stores, JULIET, "x", "session", 7)
-    assert await stores.messages.pending_count(ROMEO) == 2
-    assert await stores.messages.pending_count(JULIET) == 1
-
-
-async def test_messages_without_origin_are_never_taken_for_each_other(stores: Stores) -> None:
-    await keep(stores, ROMEO, "x")
-    await keep(stores, ROMEO, "x")
-    assert await stores.messages.pending_count(ROMEO) == 2
-
-
-async def test_delivered_messages_wait_no_longer_and_positions_go_on(stores: Stores) -> None:
-    await keep(stores, ROMEO, "1")
-    await keep(stores, ROMEO, "2")
-    (first,) = await take(stores, ROMEO, 1)
-    assert await stores.messages.pending_count(ROMEO) == 1
-    (second,) = await take(stores, ROMEO)
-    assert second.position > first.position
-    await keep(stores, ROMEO, "3")
-    assert (await take(stores, ROMEO))[0].position > second.position
-
-
-async def test_large_and_odd_bytes_survive(stores: Stores) -> None:
-    stanza = "<message><body>é♥😀</body></message>".encode() + b"x" * 250_000
-    await stores.messages.keep(
-        ROMEO, id_="i", from_jid="ä@example.org/♥", received_unix_ms=1, stanza=stanza, origin="", number=0
-    )
-    (kept,) = await take(stores, ROMEO)
-    assert (kept.from_jid, kept.stanza) == ("ä@example.org/♥", stanza)
-
-
-async def test_the_messages_of_a_deleted_account_are_gone(stores: Stores) -> None:
-    await keep(stores, ROMEO, "1")
-    await keep(stores, JULIET, "2")
-    await stores.messages.delete_all(ROMEO)
-    assert await take(stores, ROMEO) == []
-    assert len(await take(stores, JULIET)) == 1
 
 
 # --- sessions ---

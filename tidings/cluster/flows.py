@@ -20,6 +20,16 @@ class Mode(IntEnum):
     STRATEGY = 4
 
 
+class Waiter(Protocol):
+    """Who wants to know when a stanza is safe: when all has happened that was expected."""
+
+    def expect(self) -> None:
+        """One thing more must happen."""
+
+    def settle(self) -> None:
+        """One of them has."""
+
+
 @dataclass(slots=True, eq=False)
 class Item:
     """One stanza (or note) on its way; `payload` is whatever the router makes of it."""
@@ -46,6 +56,8 @@ class Item:
     # Tells its source; None when it came from this router.
     answer: Callable[[Item], None] | None = None
     order: int = 0
+    # Who waits until it is safe, if anybody does. It has expected that the item is dealt with.
+    waiter: Waiter | None = None
 
 
 # What dealing with an item returns: None when it is done, or something to wait for.
@@ -57,7 +69,9 @@ class Port(Protocol):
 
     def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
         """Puts an item on the link to a router. Later exactly one of `taken`, `refused` and `lost` of the
-        forwarder MUST be called for it, in the order of the receiver's answers."""
+        forwarder MUST be called for it, in the order of the receiver's answers. Where somebody waits until it is safe
+        (`waiter` of what was sent), that one is told when the receiver says so, or has given it back; when the
+        receiver dies before, `again` MUST be called for what it had taken."""
 
     def crowded(self, plan: Plan) -> bool:
         """Whether a link that a plan needs has so much waiting that nothing more should be put on it. When that is
@@ -76,13 +90,15 @@ class Port(Protocol):
 class Sent:
     """An item that a link carries, till its receiver has said what became of it."""
 
-    __slots__ = ("flow", "group", "item", "node")
+    __slots__ = ("flow", "group", "item", "node", "waiter")
 
     def __init__(self, flow: Flow | None, item: Item, node: str, group: Group | None) -> None:
         self.flow = flow
         self.item = item
         self.node = node
         self.group = group
+        # Expects that the receiver says that it is safe there, or that it comes back.
+        self.waiter = item.waiter
 
 
 class Group:

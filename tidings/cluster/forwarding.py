@@ -71,6 +71,7 @@ class Forwarder:
         if flow is not None and flow.blocked:
             if len(flow.queue) >= MAX_WAITING:
                 self._port.overflowed(item)
+                _settled(item)
             else:
                 flow.queue.append(item)
             return None
@@ -79,9 +80,16 @@ class Forwarder:
             (flow or self._open(item.flow)).queue.append(item)
             return None
         if not plan.decides:
-            return self._port.decide(item, plan)
+            pending = self._port.decide(item, plan)
+            if pending is None and item.waiter is not None:
+                self.dealt(item)
+            return pending
         self._send_decide(flow or self._open(item.flow), item, plan)
         return None
+
+    def dealt(self, item: Item) -> None:
+        """What `run` has had its sender wait for is over."""
+        self._done(item)
 
     def is_here(self, key: tuple[str, ...], account: str, resource: str) -> bool:
         """Whether this router alone deals with a stanza, at once: then there is nothing to be kept in order."""
@@ -172,7 +180,28 @@ class Forwarder:
             group.taken = True
             group.contents.append(content)
             _release(group)
+        else:
+            _settled(sent.item)
         self._answered(sent)
+
+    def again(self, taken: Sequence[Sent]) -> None:
+        """A router has died that had taken these, and had not said that they are safe: they are sent another way,
+        before what is sent behind them now. Whoever has had them knows them by their numbers."""
+        flows: dict[int, Flow] = {}
+        for sent in taken:
+            item = sent.item
+            if item.waiter is not None:
+                continue  # it is under way again already
+            assert sent.waiter is not None
+            sent.waiter.expect()
+            item.waiter = sent.waiter
+            item.missed = 0
+            item.source = ""  # who sent it here was told that it was taken: it is ours
+            flow = self._open(item.flow)
+            flow.returned.append(item)
+            flows[id(flow)] = flow
+        for flow in flows.values():
+            self._settle(flow)
 
     def refused(self, sent: Sent, version: int) -> None:
         """The receiver has not taken it; `version`: the view by which it is not the one that decides, or 0."""
@@ -190,6 +219,8 @@ class Forwarder:
         group = sent.group
         if sent.flow is not None and not (group is not None and group.taken):
             self._port.overflowed(sent.item)
+            if group is None:
+                _settled(sent.item)
         if group is not None:
             group.taken = True
             _release(group)
@@ -346,7 +377,7 @@ class Forwarder:
     def _done(self, item: Item) -> None:
         """An item that came from another router has been dealt with, unless copies of it are still under way: who
         sent it keeps it until they are answered, and so does not let anything overtake it."""
-        if item.answer is None or item.copied:
+        if item.copied:
             return
         if not item.taken and item.mode is Mode.SESSIONS:
             self._refuse(item)
@@ -357,6 +388,7 @@ class Forwarder:
         answer, item.answer = item.answer, None
         if answer is not None:
             answer(item)
+        _settled(item)
 
     def _refuse(self, item: Item) -> None:
         source = item.source
@@ -416,6 +448,12 @@ class Forwarder:
             flow.relief.clear()
             if not flow.busy and not flow.returned and not flow.outstanding and self._flows.get(flow.key) is flow:
                 self._close(flow)
+
+
+def _settled(item: Item) -> None:
+    waiter, item.waiter = item.waiter, None
+    if waiter is not None:
+        waiter.settle()
 
 
 def _release(group: Group) -> None:

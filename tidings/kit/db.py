@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from random import random
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -16,16 +17,17 @@ from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from tidings.kit.database_hosts import CAUSAL, CONNECT_TIMEOUT, NOT_READY, Hosts
 from tidings.kit.database_url import DatabaseUrl
 from tidings.kit.logging import get_logger
+from tidings.kit.tasks import Tasks
 
 log = get_logger("database")
 
 T = TypeVar("T")
 
-# Seconds to reach the database, to get a connection of the pool, and for one transaction; and for the one who
-# tries whether a database that did not answer in time does so again.
-CONNECT_TIMEOUT = 5.0
+# Seconds to get a connection of the pool, and for one transaction; and for the one who tries whether a database that
+# did not answer in time does so again.
 POOL_TIMEOUT = 10.0
 STATEMENT_TIMEOUT = 8.0
 TRY_TIMEOUT = 2.0
@@ -33,11 +35,14 @@ TRY_TIMEOUT = 2.0
 SQLITE_PAUSE = 0.002
 POOL_SIZE = 8
 
-# Transactions that met another one are tried again, so often.
+# Transactions that met another one are tried again, so often, after a pause of up to so many seconds, which doubles:
+# two servers of Galera that change one row at the same time would meet again and again.
 TRIES = 5
+AGAIN = 0.005
 
-# MySQL: deadlock, lock wait timeout. Both mean: again from the start.
-_AGAIN = frozenset((1213, 1205))
+# MySQL: deadlock, which is also what Galera says when another server's transaction was first; lock wait timeout;
+# a server that was not in step with its cluster. All mean: again from the start.
+_AGAIN = frozenset((1213, 1205, NOT_READY))
 # MySQL: the server is not there, is going, or has gone; or it takes no more users (1040, 1203), is not in step with
 # its Galera cluster (1047), or takes no writes while another one becomes the primary (1290, 1836).
 _GONE = frozenset(
@@ -91,6 +96,7 @@ class Database:
         self.url = url
         self._connections = connections
         self._engine: AsyncEngine | None = None
+        self._tasks = Tasks()
         # SQLite has one writer; here they wait in order instead of trying again and again.
         self._writer = asyncio.Lock()
         self._written = 0.0
@@ -104,9 +110,21 @@ class Database:
 
     async def start(self) -> None:
         """Opens the pool. Connections are made when they are needed."""
-        self._engine = _sqlite_engine(self.url) if self.sqlite else _mysql_engine(self.url, self._connections)
+        if self.sqlite:
+            self._engine = _sqlite_engine(self.url)
+            return
+        hosts = Hosts(self.url, self._moved)
+        self._engine = _mysql_engine(self.url, self._connections)
+        hosts.attach(self._engine)
+        if len(self.url.hosts) > 1:
+            self._tasks.spawn(hosts.watch(), "database: watch its hosts")
+
+    def _moved(self) -> None:
+        """Another host is used: what is known of the one before does not count."""
+        self._silent = False
 
     async def stop(self) -> None:
+        await self._tasks.stop()
         if self._engine is not None:
             await self._engine.dispose()
             self._engine = None
@@ -117,18 +135,27 @@ class Database:
             await connection.execute(sa.text("select 1"))
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection to read with. Raises DatabaseAway."""
+    async def read(self, causal: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A connection to read with. Raises DatabaseAway.
+
+        `causal`: on Galera, nothing is missed that was committed before at any server. So it waits while the servers
+        do not agree who is one of them, and costs a round trip between them; elsewhere it costs nothing.
+        """
         assert self._engine is not None, "the database is not started"
         with _translated():
             async with self._in_time(STATEMENT_TIMEOUT), self._engine.connect() as connection:
                 if self.sqlite:
                     connection = await connection.execution_options(tidings_write=False)
+                if causal:
+                    connection = await connection.execution_options(**{CAUSAL: True})
                 yield connection
 
     @asynccontextmanager
-    async def write(self, timeout: float = STATEMENT_TIMEOUT) -> AsyncIterator[AsyncConnection]:
-        """A transaction: committed at the end, rolled back on an error. Raises DatabaseAway."""
+    async def write(self, timeout: float = STATEMENT_TIMEOUT, causal: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction: committed at the end, rolled back on an error. Raises DatabaseAway.
+
+        `causal`: as for `read`, for its first statement.
+        """
         assert self._engine is not None, "the database is not started"
         with _translated():
             if self.sqlite:
@@ -139,6 +166,8 @@ class Database:
                     self._written = asyncio.get_running_loop().time()
             else:
                 async with self._in_time(timeout), self._engine.begin() as connection:
+                    if causal:
+                        connection = await connection.execution_options(**{CAUSAL: True})
                     yield connection
 
     async def _let_others_write(self) -> None:
@@ -170,17 +199,19 @@ class Database:
         finally:
             self._trying = False
 
-    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Runs `work` in a transaction, whole and again when it met another one. Raises DatabaseAway."""
+    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]], causal: bool = False) -> T:
+        """Runs `work` in a transaction, whole and again when it met another one. Raises DatabaseAway, and then it may
+        have happened all the same. `causal`: as for `write`."""
         for attempt in range(1, TRIES + 1):
             try:
-                async with self.write() as connection:
+                async with self.write(causal=causal) as connection:
                     return await work(connection)
             except DatabaseAway as away:
                 error = away.__cause__
                 if attempt == TRIES or not isinstance(error, DBAPIError) or _number(error) not in _AGAIN:
                     raise
                 log.debug("transaction_again", attempt=attempt)
+                await asyncio.sleep(AGAIN * 2**attempt * random())  # noqa: S311 - it is no secret
         raise AssertionError("unreachable")
 
 
@@ -267,24 +298,10 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
 
 def _mysql_engine(url: DatabaseUrl, connections: int) -> AsyncEngine:
     host, port = url.hosts[0]
-    engine = create_async_engine(
+    return create_async_engine(
         sa.URL.create("mysql+aiomysql", url.user, url.password, host, port, url.database),
         pool_size=min(POOL_SIZE, connections), max_overflow=max(0, connections - POOL_SIZE),
         pool_timeout=POOL_TIMEOUT, pool_recycle=600,
         isolation_level="READ COMMITTED",
-        connect_args={"connect_timeout": CONNECT_TIMEOUT, "charset": "utf8mb4"},
+        connect_args={"charset": "utf8mb4"},
     )  # fmt: skip
-
-    @event.listens_for(engine.sync_engine, "do_connect")
-    def _connect(dialect: Any, _record: Any, arguments: Any, parameters: Any) -> Any:
-        failure: BaseException | None = None
-        for place_host, place_port in url.hosts:
-            # Every node prefers the first host that answers, so that all use the same one.
-            try:
-                return dialect.connect(*arguments, **{**parameters, "host": place_host, "port": place_port})
-            except dialect.dbapi.OperationalError as error:
-                failure = error
-        assert failure is not None
-        raise failure
-
-    return engine

@@ -62,8 +62,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("component-allow", T.LIST, "", "What the component NAME may register: domains, name.{vhost}, account:NAMESPACE, feed:presence, feed:session-end, *.", named=True, example="weather.{vhost}"),
     # --- sessions ---
     Option("session-copies", T.COUNT, "0", "How many nodes hold a session; 0: two in cluster mode, else one."),
-    Option("message-durability", T.CHOICE, "database", "When a message counts as taken. Has no effect yet.", choices=("none", "memory", "database")),
-    Option("resume-timeout", T.SECONDS, "300s", "How long a session waits for its client. Has no effect yet."),
+    Option("message-durability", T.CHOICE, "database", "When a message is acknowledged: database, when it is stored; memory, when two nodes have it; none, when it is dealt with.", choices=("none", "memory", "database")),
+    Option("pending-limit", T.BYTES, "256M", "Bytes of messages that may wait for the database in a router; beyond it, clients are not read. Stops a slow database from filling memory."),
+    Option("resume-timeout", T.SECONDS, "300s", "How long a session waits for its client (XEP-0198); 0: it ends with its connection.", per_host=True),
+    Option("archive", T.BOOL, "true", "Whether messages are archived for accounts that have not said (XEP-0313, XEP-0441).", per_host=True),
+    Option("archive-days", T.COUNT, "0", "For how many days archives keep messages; 0: for ever.", per_host=True),
+    Option("max-archive-page", T.COUNT, "50", "Messages in one page of an archive. Stops one query from reading it all.", per_host=True),
+    Option("c2s-location", T.TEXT, "", "Where clients of this node should come back to when their connection breaks, if not anywhere.", example="c1.example.org:5222"),
     Option("drain-timeout", T.SECONDS, "30s", "How long a stopping node may take to hand over."),
     # --- the process ---
     Option("processes", T.TEXT, "1", "How many processes to run: 1 for all services, more for routers and connectors apart; auto: one for each core.", example="auto"),

@@ -43,6 +43,8 @@ class RawClient:
         self.header: dict[str, str] = {}
         self.error: Tree | None = None
         self.footer = False
+        # Whether it does what every client does when its server pings it.
+        self.answers_pings = True
         # The connection is gone, as far as its user has noticed.
         self.lost = False
         self._reader: asyncio.StreamReader = None  # type: ignore[assignment]
@@ -110,6 +112,11 @@ class RawClient:
         if tree.tag == f"{{{ns.STREAMS}}}error":
             self.error = tree
             return await self.element(timeout)
+        if self.answers_pings and len(tree) and tree[0].tag == f"{{{ns.PING}}}ping" and tree.get("type") == "get":
+            if tree.get("from") == self.domain:
+                # RFC 6120 8.2.3: so the server knows what has arrived.
+                await self.send(f"<iq type='result' id='{tree.get('id')}' to='{self.domain}'/>")
+                return await self.element(timeout)
         return tree
 
     async def raw_until(self, end: bytes, timeout: float = TIMEOUT) -> bytes:

@@ -123,6 +123,8 @@ class Stage:
             await self._settle()
             await client.ping()
         elif verb == "leaves":
+            # What the server has asked is answered before.
+            client.put_back(await client.ping())
             await client.close()
         elif verb == "vanishes":
             await client.abort()

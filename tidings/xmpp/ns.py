@@ -19,9 +19,13 @@ ROSTER_VERSIONING = "urn:xmpp:features:rosterver"
 PRE_APPROVAL = "urn:xmpp:features:pre-approval"
 # RFC 7395
 FRAMING = "urn:ietf:params:xml:ns:xmpp-framing"
+# XEP-0004
+DATA_FORMS = "jabber:x:data"
 # XEP-0030
 DISCO_INFO = "http://jabber.org/protocol/disco#info"
 DISCO_ITEMS = "http://jabber.org/protocol/disco#items"
+# XEP-0059
+RSM = "http://jabber.org/protocol/rsm"
 # XEP-0077
 REGISTER = "jabber:iq:register"
 REGISTER_FEATURE = "http://jabber.org/features/iq-register"
@@ -39,7 +43,13 @@ PING = "urn:xmpp:ping"
 TIME = "urn:xmpp:time"
 # XEP-0203
 DELAY = "urn:xmpp:delay"
+# XEP-0297
+FORWARD = "urn:xmpp:forward:0"
+# XEP-0313, XEP-0441
+MAM = "urn:xmpp:mam:2"
 # XEP-0334
 HINTS = "urn:xmpp:hints"
+# XEP-0359
+STANZA_ID = "urn:xmpp:sid:0"
 # XEP-0440
 SASL_CB = "urn:xmpp:sasl-cb:0"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from services.connector.streams import ClientStream
+    from services.connector.client_stream import ClientStream
 
 # One read at most. A TLS record is 16 KiB; larger reads only make other connections wait longer.
 RECEIVE_BYTES = 64 * 1024

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import secrets
-import time
-from functools import partial
-from weakref import WeakValueDictionary
 
-from services.router.store import KeptMessage, MessageStore
+from services.router.archive_rules import ArchiveRules
+from services.router.messages import Kept, MessageStore, written
+from services.router.safety import Safety
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.db import DatabaseAway
 from tidings.kit.module import MESSAGE, Module, ModuleSpec, Session, Stanza
@@ -22,10 +20,6 @@ from tidings.xmpp.stanza import quoteattr
 PAGE = 100
 # Seconds between two tries to give a session what could not be given.
 RETRY = 1.0
-# The note of a session: positions of the messages that it had last, and that may wait in the store all the same.
-GIVEN = "offline"
-
-NO_STORE = frozenset((f"{{{ns.HINTS}}}no-store", f"{{{ns.HINTS}}}no-permanent-store"))
 
 
 def load(module: Module) -> None:
@@ -34,6 +28,7 @@ def load(module: Module) -> None:
     module.on_undelivered(offline.undelivered)
     module.on_session_available(offline.available)
     module.on_session_attached(offline.attached)
+    module.on_session_ended(offline.ended)
     module.on_account_deleted(offline.account_deleted)
     module.on_note(offline.noted)
 
@@ -46,34 +41,24 @@ class _Offline:
         self._module = module
         self._router = module.router
         self._messages = module.router.store(MessageStore)
-        # One session of an account at a time gets what waits, so that it is not spread over several. (Two that come
-        # at the same moment at two routers may share it; each message goes to one of them.)
-        self._flushing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._safety = module.router.store(Safety)
+        self._rules = module.router.store(ArchiveRules)
         # Sessions that get it later.
         self._owed: set[str] = set()
 
     async def undelivered(self, stanza: Stanza) -> bool:
-        """3: `normal` and `chat` are kept; what only says that somebody types is not, nor what asks not to be."""
-        children = set(stanza.children)
-        if not NO_STORE.isdisjoint(children):
-            return True
-        states = {name for name in children if name.startswith(f"{{{ns.CHAT_STATES}}}")}
-        if states and not children - states - {"thread"}:
-            return True
+        """3: `normal` and `chat` are kept; what only says that somebody types is not."""
         account = stanza.to.bare
+        await self._rules.load(account, self._router)
+        message = self._safety.message(stanza.envelope, account)
+        if not self._router.sessions(str(account)):
+            self._rules.forget(str(account))
+        if message is None or not message.pending:
+            return True
         most = self._module.options.for_host(account.domain, "max-offline-messages")
         if most and await self._messages.pending_count(account) >= most:
             raise StanzaError("service-unavailable", "too many messages wait for this account")
-        envelope = stanza.envelope
-        await self._messages.keep(
-            account,
-            id_=secrets.token_urlsafe(16),
-            from_jid=envelope.from_jid,
-            received_unix_ms=envelope.received_unix_ms or int(time.time() * 1000),
-            stanza=envelope.stanza,
-            origin=envelope.origin,
-            number=envelope.number,
-        )
+        await self._messages.keep(message)
         await self._offer(account)
         return True
 
@@ -91,9 +76,18 @@ class _Offline:
         return b""
 
     def attached(self, session: Session) -> None:
-        """What was stored while the session was between two routers."""
+        """What was stored while the session was between two routers, or without a stream."""
         if _wants(session):
             self._owe(session)
+
+    def ended(self, session: Session, _was_available: bool) -> None:
+        """What it had and has not confirmed is for the account's other sessions, when all of that is written."""
+        self._router.in_background(self._offer_rest(session.jid.bare), "what a session has not confirmed")
+
+    async def _offer_rest(self, account: Jid) -> None:
+        while not await written(self._messages, RETRY):
+            pass  # the database is away
+        await self._offer(account)
 
     async def available(self, session: Session) -> None:
         """3.1: all that waits, in order, before anything newer."""
@@ -132,31 +126,22 @@ class _Offline:
             self._router.release(session)
 
     async def _flush(self, session: Session) -> bool:
-        """Whether the session has got all that waits."""
-        lock = self._flushing.get(session.account) or asyncio.Lock()
-        self._flushing[session.account] = lock
+        """Whether the session has got all that waits. What it is given is its own until it ends; when it has had it
+        before, it does not get it again."""
+        after = 0
         try:
-            async with lock:
-                taken = PAGE
-                while taken == PAGE:
-                    taken = await self._messages.take(session.jid.bare, PAGE, partial(self._give, session))
-                    if taken:
-                        session.notes.pop(GIVEN, None)
+            while self._router.is_open(session):
+                kept = await self._messages.pending(session.jid.bare, session.id, PAGE, after)
+                if not self._router.is_open(session):
+                    break
+                page = [(_delayed(message, session.jid.bare), message.id, message.given) for message in kept]
+                self._router.deliver_stored(session, page)
+                if not kept:
+                    return True
+                after = kept[-1].position
         except DatabaseAway:
-            return False
-        return self._router.is_open(session)
-
-    def _give(self, session: Session, messages: list[KeptMessage]) -> bool:
-        """False when the session can't have them now."""
-        if not self._router.is_open(session):
-            return False
-        had = session.notes.get(GIVEN, b"").split()
-        positions = [b"%d" % kept.position for kept in messages]
-        for kept, position in zip(messages, positions, strict=True):
-            if position not in had:
-                self._router.deliver(session, _delayed(kept, session.jid.bare))
-        session.notes[GIVEN] = b" ".join(positions)
-        return True
+            pass
+        return False
 
     async def account_deleted(self, account: Jid) -> None:
         await self._messages.delete_all(account)
@@ -166,7 +151,7 @@ def _wants(session: Session) -> bool:
     return session.presence is not None and session.priority >= 0
 
 
-def _delayed(kept: KeptMessage, account: Jid) -> Envelope:
+def _delayed(kept: Kept, account: Jid) -> Envelope:
     """XEP-0203 4: stamped by the account's server."""
     received = datetime.datetime.fromtimestamp(kept.received_unix_ms / 1000, datetime.UTC)
     stamp = received.strftime("%Y-%m-%dT%H:%M:%S.") + f"{received.microsecond // 1000:03d}Z"
@@ -177,4 +162,6 @@ def _delayed(kept: KeptMessage, account: Jid) -> Envelope:
         raw = raw.rstrip()[:-2] + b">" + delay + b"</message>"
     else:
         raw = raw[:end] + delay + raw[end:]
-    return Envelope(kind=MESSAGE, from_jid=kept.from_jid, stanza=raw)
+    return Envelope(
+        kind=MESSAGE, origin=kept.origin, number=kept.number, from_jid=kept.from_jid, children=["body"], stanza=raw
+    )

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from services.connector.client_stream import ClientStream
 from services.connector.limits import Addresses, ClientLimits
 from services.connector.router_link import RouterLink
-from services.connector.streams import ClientStream, Streams
+from services.connector.streams import Streams
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import CloseStream, Moved, PrepareMove, SessionBound, StreamCommand
 from tidings.cluster.node import Node

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from services.router import module_loader
+from services.router.acknowledgements import Acknowledgements
 from services.router.app import StrategyContext
+from services.router.archive_rules import ArchiveRules
 from services.router.component_links import ComponentLinks
+from services.router.messages import MessageStore
+from services.router.messages_memory import MemoryMessageStore
 from services.router.rosters import Rosters
 from services.router.routing import Routing
+from services.router.safety import Safety
 from services.router.sessions import Session, Sessions
-from services.router.store import AccountStore, MessageStore, RosterStore
-from services.router.store_memory import (
-    MemoryAccountStore,
-    MemoryMessageStore,
-    MemoryRosterStore,
-    MemorySessionTable,
-)
+from services.router.store import AccountStore, RosterStore
+from services.router.store_memory import MemoryAccountStore, MemoryRosterStore, MemorySessionTable
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Forwarder, Item, Sent
 from tidings.cluster.node import Node, NodeState
@@ -39,12 +39,26 @@ class Link:
 
     incarnation = "c1"
     name = "c1"
+    location = ""
 
     def __init__(self) -> None:
         self.written: list[tuple[str, Envelope]] = []
+        # What the server itself asked: the sessions, and the ids.
+        self.pings: list[tuple[str, str]] = []
+        self.nonzas: list[tuple[str, bytes]] = []
+        self.closed: list[tuple[int, str]] = []
 
-    def deliver(self, session: Session, envelope: Envelope) -> None:
-        self.written.append((session.jid_text, envelope))
+    def deliver(self, session: Session, envelope: Envelope, number: int) -> None:
+        if envelope.kind == IQ and b"urn:xmpp:ping" in envelope.stanza and not envelope.from_jid:
+            self.pings.append((session.jid_text, envelope.id))
+        else:
+            self.written.append((session.jid_text, envelope))
+
+    def write(self, session: Session, raw: bytes) -> None:
+        self.nonzas.append((session.jid_text, raw))
+
+    def close(self, stream: int, condition: str, text: str = "", application: bytes = b"") -> None:
+        self.closed.append((stream, condition))
 
     def unbound(self, session: Session) -> None:
         """Nothing more comes from it."""
@@ -104,8 +118,8 @@ class Stores:
     def __init__(self) -> None:
         self.accounts: AccountStore = MemoryAccountStore()
         self.rosters: RosterStore = MemoryRosterStore()
-        self.messages: MessageStore = MemoryMessageStore()
         self.table = CountingTable()
+        self.messages: MessageStore = MemoryMessageStore(self.table)
 
 
 class MemoryRouter:
@@ -119,6 +133,8 @@ class MemoryRouter:
         strategy: Factory = Home,
         modules: Sequence[ModuleSpec] = (),
         negotiator: Any = None,
+        durability: str = "database",
+        archives: bool = False,
     ) -> None:
         routers = {} if routers is None else routers
         routers[own] = self
@@ -132,18 +148,30 @@ class MemoryRouter:
         hosts = frozenset((HOST,))
         components = ComponentLinks(hosts, lambda _name: ())
         links: Any = self.links
+        self.rosters = Rosters(self.stores.rosters)
+        self.rules = ArchiveRules(self.stores.messages, self.rosters, lambda _host: archives)
+        self.safety = Safety(self.sessions, self.stores.messages, durability, 0, self.rules.archives)
+        self.safety.start(b"k" * 32)
         self.routing = Routing(
-            hosts, self.sessions, self.hooks, self.stores.accounts, components, self.stores.table, links, own,
-            _no_newer_view, self.tasks.spawn,
+            hosts, self.sessions, self.hooks, self.stores.accounts, components, self.stores.table, self.safety, links,
+            own, _no_newer_view, self.tasks.spawn,
         )  # fmt: skip
+        self.acknowledgements = Acknowledgements(
+            self.sessions, self.routing.deliveries, self.safety, lambda _host: 60.0
+        )
+        self.routing.on_answer = self.acknowledgements.is_answer
+        self.routing.deliveries.withholds = self.safety.waits
+        self.routing.deliveries.is_kept = self.safety.is_kept
+        self.routing.deliveries.id_of = self.safety.id_of
         made = strategy(own, StrategyContext(self.routing, self.sessions))
         self.forwarder = Forwarder(made, self.routing)
         self.routing.start(made, self.forwarder)
-        self.rosters = Rosters(self.stores.rosters)
         ports: dict[Any, Any] = {
             AccountStore: self.stores.accounts,
             RosterStore: self.stores.rosters,
             MessageStore: self.stores.messages,
+            Safety: self.safety,
+            ArchiveRules: self.rules,
             Rosters: self.rosters,
         }
         self.for_modules = module_loader.RouterForModules(
@@ -176,7 +204,8 @@ class MemoryRouter:
     async def send(self, session: Session, envelope: Envelope) -> None:
         """As its connector would; returns when it is worked off."""
         envelope.from_jid = session.jid_text
-        session.lane.run(self.routing.from_session, session, envelope)
+        if self.safety.accept(session, envelope):
+            session.lane.run(self.routing.from_session, session, envelope)
         await session.lane.idle()
 
     async def stop(self) -> None:

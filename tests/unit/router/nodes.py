@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from services.connector.client_stream import ClientStream
 from services.connector.limits import Addresses, ClientLimits
 from services.connector.router_link import RouterLinks
-from services.connector.streams import ClientStream, Streams
+from services.connector.streams import Streams
 from services.router.app import Router
 from services.router.authentication import derive_all
 from services.router.sessions import Session
@@ -65,14 +66,14 @@ class UnsureDatabase(Database):
         self.reading: Callable[[], Awaitable[None]] = at_once
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    async def read(self, causal: bool = False) -> AsyncIterator[AsyncConnection]:
         await self.reading()
-        async with super().read() as connection:
+        async with super().read(causal) as connection:
             yield connection
 
-    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]], causal: bool = False) -> T:
         await self.before()
-        result = await super().transaction(work)
+        result = await super().transaction(work, causal)
         await self.behind()
         return result
 

@@ -8,7 +8,10 @@ import pytest
 
 from services.router import component_links, delivery, routing, sessions
 from services.router.app import StrategyContext
+from services.router.messages import Done, Message
+from services.router.messages_memory import MemoryMessageStore
 from services.router.routing import Routing
+from services.router.safety import Safety
 from services.router.sessions import Session, Sessions
 from services.router.store_memory import MemoryAccountStore, MemorySessionTable
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -28,8 +31,19 @@ class Link:
     def __init__(self) -> None:
         self.written: list[tuple[str, bytes]] = []
 
-    def deliver(self, session: Session, envelope: Envelope) -> None:
+    def deliver(self, session: Session, envelope: Envelope, number: int) -> None:
         self.written.append((str(session.jid), envelope.stanza))
+
+
+class Messages(MemoryMessageStore):
+    """Notes for whom is written, and whether it waits for somebody."""
+
+    def __init__(self, table: MemorySessionTable) -> None:
+        super().__init__(table)
+        self.written: list[tuple[str, bool]] = []
+
+    def write(self, message: Message, done: Done) -> None:
+        self.written.append((str(message.account), message.pending))
 
 
 async def no_newer_view(_timeout: float) -> bool:
@@ -52,13 +66,18 @@ def test_a_chat_message_passes_without_a_tree(monkeypatch: pytest.MonkeyPatch) -
 
     components = component_links.ComponentLinks(hosts, lambda _: ())
     links: Any = None  # there is no other router
+    table = MemorySessionTable()
+    messages = Messages(table)
+    safety = Safety(known, messages, "database", 0, lambda _account, _peer: True)
+    safety.start(b"k" * 32)
     routes = Routing(
         hosts,
         known,
         Hooks(),
         MemoryAccountStore(),
         components,
-        MemorySessionTable(),
+        table,
+        safety,
         links,
         "r1",
         no_newer_view,
@@ -78,5 +97,8 @@ def test_a_chat_message_passes_without_a_tree(monkeypatch: pytest.MonkeyPatch) -
         envelope = Envelope(
             kind=MESSAGE, type="chat", from_jid="romeo@example.org/r", to_jid=to, children=["body"], stanza=raw
         )
+        assert safety.accept(romeo, envelope)
         assert routes.from_session(romeo, envelope) is None
-    assert link.written == [("juliet@example.org/r", raw)] * 2
+    assert [jid for jid, _ in link.written] == ["juliet@example.org/r"] * 2
+    assert all(stanza.startswith(raw[:-10]) for _, stanza in link.written)
+    assert messages.written == [("romeo@example.org", False), ("juliet@example.org", True)] * 2

@@ -11,6 +11,7 @@ import pytest
 from services.router import module_loader
 from services.router.connector_link import ConnectorLink, _verified
 from services.router.negotiation import Negotiation, Negotiator
+from services.router.resumption import Resumption
 from services.router.sessions import Session
 from tests.unit.router.memory_router import HOST, MemoryRouter, iq, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -69,23 +70,39 @@ class NobodyElsewhere:
         return
 
 
+class NothingMoves:
+    """A router that hands no session over."""
+
+    async def settled(self, session: Session) -> None:
+        return
+
+
 class Attached:
     """A router, and one connector's link to it."""
 
     def __init__(self) -> None:
         self.router = MemoryRouter()
         nobody: Any = None
+        router = self.router
+        self.resumption = Resumption(
+            router.own, router.sessions, router.stores.table, router.safety, router.acknowledgements,
+            NothingMoves(), self._reachable, router.tasks.spawn,  # type: ignore[arg-type]
+        )  # fmt: skip
         self.negotiator = Negotiator(
-            self.router.routing, self.router.sessions, self.router.hooks, authentication=nobody,
-            accounts=self.router.stores.accounts, binding=NobodyElsewhere(),  # type: ignore[arg-type]
-            hand_over=nobody, adoption=nobody, tickets=nobody,
-            spawn=self.router.tasks.spawn,
+            router.routing, router.sessions, router.hooks, authentication=nobody,
+            accounts=router.stores.accounts, binding=NobodyElsewhere(),  # type: ignore[arg-type]
+            hand_over=nobody, adoption=nobody, tickets=nobody, safety=router.safety,
+            acknowledgements=router.acknowledgements, resumption=self.resumption,
+            spawn=router.tasks.spawn,
         )  # fmt: skip
         self.outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0)
         self.cut_off = 0
         self.link = ConnectorLink(
             self.negotiator, self.outbox, "c1", "c1", True, self.router.tasks.spawn, self._cut_off
         )
+
+    async def _reachable(self, _session: Session) -> bool:
+        return True
 
     def _cut_off(self) -> None:
         self.cut_off += 1

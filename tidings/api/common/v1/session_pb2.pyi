@@ -67,10 +67,15 @@ class SessionRecord(google.protobuf.message.Message):
     DIRECTED_PRESENCE_FIELD_NUMBER: builtins.int
     FLAGS_FIELD_NUMBER: builtins.int
     RESUME_SECONDS_FIELD_NUMBER: builtins.int
+    RESUME_LEFT_FIELD_NUMBER: builtins.int
     CONNECTOR_INCARNATION_FIELD_NUMBER: builtins.int
     COPY_INCARNATIONS_FIELD_NUMBER: builtins.int
     NUMBER_FIELD_NUMBER: builtins.int
     ASKED_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    SENT_BEFORE_COUNTING_FIELD_NUMBER: builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    UNCONFIRMED_MESSAGES_FIELD_NUMBER: builtins.int
     NOTES_FIELD_NUMBER: builtins.int
     BOSH_FIELD_NUMBER: builtins.int
     id: builtins.str
@@ -84,14 +89,21 @@ class SessionRecord(google.protobuf.message.Message):
     lang: builtins.str
     """The stream's language (RFC 6120 4.7.4)."""
     handled: builtins.int
-    """XEP-0198: stanzas taken from the client, and sent to it."""
+    """XEP-0198: stanzas of the client that it was told are handled, since it counts; and all that were sent to it."""
     sent: builtins.int
     resume_seconds: builtins.int
-    """Seconds for which it waits for its client; 0: it ends with its stream."""
+    """Seconds for which it waits for its client; 0: it ends with its stream. And, when its stream has broken, the
+    seconds that are left.
+    """
+    resume_left: builtins.float
     connector_incarnation: builtins.str
     """The incarnations of the nodes that hold the stream, and a copy."""
     number: builtins.int
     """The last number given to a stanza that the session sent."""
+    counts: builtins.bool
+    """XEP-0198: whether the client counts, the last of `sent` before it did, and the last that it has acknowledged."""
+    sent_before_counting: builtins.int
+    acknowledged: builtins.int
     @property
     def unacknowledged(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]:
         """What the client has not acknowledged, of every kind, by rising `delivery`."""
@@ -121,6 +133,10 @@ class SessionRecord(google.protobuf.message.Message):
         """IQ requests of the session that wait for an answer."""
 
     @property
+    def unconfirmed_messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UnconfirmedMessage]:
+        """Of a client that does not count: messages that it has not confirmed. `delivery` by rising numbers, and the id."""
+
+    @property
     def notes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
         """What the router's modules keep with it, by keys of their own."""
 
@@ -145,17 +161,43 @@ class SessionRecord(google.protobuf.message.Message):
         directed_presence: collections.abc.Iterable[builtins.str] | None = ...,
         flags: global___SessionFlags | None = ...,
         resume_seconds: builtins.int = ...,
+        resume_left: builtins.float = ...,
         connector_incarnation: builtins.str = ...,
         copy_incarnations: collections.abc.Iterable[builtins.str] | None = ...,
         number: builtins.int = ...,
         asked: collections.abc.Iterable[global___AskedIq] | None = ...,
+        counts: builtins.bool = ...,
+        sent_before_counting: builtins.int = ...,
+        acknowledged: builtins.int = ...,
+        unconfirmed_messages: collections.abc.Iterable[global___UnconfirmedMessage] | None = ...,
         notes: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
         bosh: global___BoshWindow | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["bosh", b"bosh", "flags", b"flags", "presence", b"presence"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "notes", b"notes", "number", b"number", "presence", b"presence", "resume_seconds", b"resume_seconds", "sent", b"sent", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acknowledged", b"acknowledged", "asked", b"asked", "bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "counts", b"counts", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "notes", b"notes", "number", b"number", "presence", b"presence", "resume_left", b"resume_left", "resume_seconds", b"resume_seconds", "sent", b"sent", "sent_before_counting", b"sent_before_counting", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed", "unconfirmed_messages", b"unconfirmed_messages"]) -> None: ...
 
 global___SessionRecord = SessionRecord
+
+@typing.final
+class UnconfirmedMessage(google.protobuf.message.Message):
+    """A message that a session was given; it waits in the store until the session has confirmed it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DELIVERY_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    delivery: builtins.int
+    id: builtins.bytes
+    """As the store has it: 16 bytes."""
+    def __init__(
+        self,
+        *,
+        delivery: builtins.int = ...,
+        id: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["delivery", b"delivery", "id", b"id"]) -> None: ...
+
+global___UnconfirmedMessage = UnconfirmedMessage
 
 @typing.final
 class AskedIq(google.protobuf.message.Message):
@@ -270,6 +312,7 @@ class Ticket(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     CONNECTOR_INCARNATION_FIELD_NUMBER: builtins.int
     MOVES_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
     session: builtins.str
     account: builtins.str
     """The bare JID of the account."""
@@ -280,6 +323,8 @@ class Ticket(google.protobuf.message.Message):
     """How often the stream has been sent on to another router before it was bound; stops a circle of routers
     whose views differ.
     """
+    resume: builtins.bytes
+    """The <resume/> of a client whose session is at the router that it is for (XEP-0198 5)."""
     def __init__(
         self,
         *,
@@ -288,7 +333,8 @@ class Ticket(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         connector_incarnation: builtins.str = ...,
         moves: builtins.int = ...,
+        resume: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["account", b"account", "connector_incarnation", b"connector_incarnation", "epoch", b"epoch", "moves", b"moves", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["account", b"account", "connector_incarnation", b"connector_incarnation", "epoch", b"epoch", "moves", b"moves", "resume", b"resume", "session", b"session"]) -> None: ...
 
 global___Ticket = Ticket

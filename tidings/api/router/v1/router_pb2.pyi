@@ -96,20 +96,24 @@ class AttachHello(google.protobuf.message.Message):
     CONNECTOR_INCARNATION_FIELD_NUMBER: builtins.int
     RESUME_AFTER_FIELD_NUMBER: builtins.int
     VIEW_VERSION_FIELD_NUMBER: builtins.int
+    LOCATION_FIELD_NUMBER: builtins.int
     connector_incarnation: builtins.str
     """The connector's start; must be the caller's own."""
     resume_after: builtins.int
     """The highest response sequence that it has from an earlier call; the router goes on behind it."""
     view_version: builtins.int
     """The view by which it chose this router."""
+    location: builtins.str
+    """Where its clients should come back to (XEP-0198 3, `location`); empty when any connector is as good."""
     def __init__(
         self,
         *,
         connector_incarnation: builtins.str = ...,
         resume_after: builtins.int = ...,
         view_version: builtins.int = ...,
+        location: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["connector_incarnation", b"connector_incarnation", "resume_after", b"resume_after", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["connector_incarnation", b"connector_incarnation", "location", b"location", "resume_after", b"resume_after", "view_version", b"view_version"]) -> None: ...
 
 global___AttachHello = AttachHello
 
@@ -660,6 +664,7 @@ class CloseStream(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     CONDITION_TEXT_FIELD_NUMBER: builtins.int
     KEEP_SESSION_FIELD_NUMBER: builtins.int
+    APPLICATION_FIELD_NUMBER: builtins.int
     condition: builtins.str
     """RFC 6120 4.9.3; empty: close without an error."""
     text: builtins.str
@@ -667,6 +672,8 @@ class CloseStream(google.protobuf.message.Message):
     """The content of the condition element, for see-other-host."""
     keep_session: builtins.bool
     """Drop the connection without </stream:stream/>, so that the client takes its session for resumable."""
+    application: builtins.bytes
+    """An element of our own beside the condition (RFC 6120 4.9.4)."""
     def __init__(
         self,
         *,
@@ -674,8 +681,9 @@ class CloseStream(google.protobuf.message.Message):
         text: builtins.str = ...,
         condition_text: builtins.str = ...,
         keep_session: builtins.bool = ...,
+        application: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["condition", b"condition", "condition_text", b"condition_text", "keep_session", b"keep_session", "text", b"text"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["application", b"application", "condition", b"condition", "condition_text", b"condition_text", "keep_session", b"keep_session", "text", b"text"]) -> None: ...
 
 global___CloseStream = CloseStream
 
@@ -768,6 +776,7 @@ class ForwardResponse(google.protobuf.message.Message):
     CREDIT_FIELD_NUMBER: builtins.int
     WELCOME_FIELD_NUMBER: builtins.int
     ANSWERS_FIELD_NUMBER: builtins.int
+    SAFE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3 … on this link, across its calls."""
     received_through: builtins.int
@@ -781,6 +790,12 @@ class ForwardResponse(google.protobuf.message.Message):
 
     @property
     def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ForwardAnswer]: ...
+    @property
+    def safe(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Requests of which all messages that were taken are safe here: what `--message-durability` asks for has happened.
+        Till then the caller keeps them, and sends them another way when this router dies. In any order, each once.
+        """
+
     def __init__(
         self,
         *,
@@ -790,9 +805,10 @@ class ForwardResponse(google.protobuf.message.Message):
         credit: builtins.int = ...,
         welcome: global___ForwardWelcome | None = ...,
         answers: collections.abc.Iterable[global___ForwardAnswer] | None = ...,
+        safe: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answers", b"answers", "credit", b"credit", "received_through", b"received_through", "safe_through", b"safe_through", "sequence", b"sequence", "welcome", b"welcome"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers", "credit", b"credit", "received_through", b"received_through", "safe", b"safe", "safe_through", b"safe_through", "sequence", b"sequence", "welcome", b"welcome"]) -> None: ...
 
 global___ForwardResponse = ForwardResponse
 

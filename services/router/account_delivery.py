@@ -1,0 +1,199 @@
+"""What an account gets: RFC 6121 section 8.5 applied to its sessions, here and at other routers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from services.router import delivery
+from services.router.answers import Answers, Pending
+from services.router.deliveries import REQUESTS, Deliveries
+from services.router.delivery import Action, Addressed
+from services.router.sessions import Session, Sessions
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.cluster.forwarding import Forwarder, Item
+from tidings.cluster.node import NodeState
+from tidings.cluster.strategy import Plan, Strategy
+from tidings.cluster.view import ClusterView
+from tidings.kit.db import DatabaseAway
+from tidings.kit.logging import get_logger
+from tidings.kit.module import IQ, MESSAGE, PRESENCE, Hooks, Stanza, Where
+from tidings.xmpp.errors import StanzaError
+from tidings.xmpp.jid import Jid, JidError
+
+if TYPE_CHECKING:
+    from services.router.safety import Safety
+    from services.router.store import AccountStore, SessionTable
+    from tidings.cluster.flows import Waiter
+
+log = get_logger("router")
+
+# How often an item was missed: nobody took it where the strategy said; nor where the table said.
+TABLE_ASKED = 2
+# Seconds to wait for a view that shows a router which only the table knows.
+NEWER_VIEW = 1.0
+
+
+class AccountDelivery:
+    """Gives stanzas to the accounts of which this router decides. One for each router."""
+
+    def __init__(
+        self,
+        own: str,
+        sessions: Sessions,
+        hooks: Hooks,
+        accounts: AccountStore,
+        table: SessionTable,
+        safety: Safety,
+        deliveries: Deliveries,
+        answers: Answers,
+        newer_view: Callable[[float], Awaitable[bool]],
+    ) -> None:
+        self._own = own
+        self._sessions = sessions
+        self._hooks = hooks
+        self._accounts = accounts
+        self._table = table
+        self._safety = safety
+        self._deliveries = deliveries
+        self._answers = answers
+        self._newer_view = newer_view
+        self._forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
+        self._strategy: Strategy = None  # type: ignore[assignment]
+        # The other routers of the view that may have sessions.
+        self.others: frozenset[str] = frozenset()
+        # Some router hands its sessions to others.
+        self._draining = False
+
+    def start(self, strategy: Strategy, forwarder: Forwarder) -> None:
+        self._strategy = strategy
+        self._forwarder = forwarder
+
+    def view_changed(self, view: ClusterView) -> None:
+        nodes = view.with_router_sessions()
+        self.others = frozenset(node.incarnation for node in nodes) - {self._own}
+        self._draining = any(node.state is NodeState.DRAINING for node in nodes)
+
+    def deliver(self, item: Item, plan: Plan) -> Pending:
+        """Gives a stanza to the sessions that are here, and copies to routers that may have others."""
+        envelope: Envelope = item.payload
+        kind = envelope.kind
+        if item.resource:
+            match = self._sessions.of(item.account).get(item.resource)
+            if match is not None:
+                self.give(match, envelope, item.waiter)
+                return None
+        elif kind == IQ:
+            if envelope.type in REQUESTS:
+                return self._answers.request(envelope, Where.ACCOUNT, item.origin)
+            return None
+        else:
+            action = delivery.decide(kind, envelope.type, Addressed.BARE_PRESENT)
+            if action is Action.BOUNCE:
+                raise StanzaError("service-unavailable")
+            if action is Action.IGNORE:
+                return None
+        taken = not item.resource and self.to_sessions_here(envelope, item)
+        if plan.nodes:
+            if kind == PRESENCE and not plan.certain and not self._may_move(item.account):
+                # Nobody is known to be there, and mostly nobody is: the table is not asked for each of these.
+                item.missed = TABLE_ASKED - 1
+            self._forwarder.copies(item, plan, taken)
+            return None
+        return None if taken else self.absent(item)
+
+    def to_sessions_here(self, envelope: Envelope, item: Item) -> bool:
+        """RFC 6121 8.5.2.1, 8.5.3.1 for the sessions of this router; whether there were any."""
+        sessions = self._sessions.of(item.account)
+        if item.resource:
+            match = sessions.get(item.resource)
+            if match is not None:
+                self.give(match, envelope, item.waiter)
+            return match is not None
+        kind = envelope.kind
+        present = (
+            delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(sessions.values())
+        )
+        if kind == MESSAGE and present:
+            self._safety.given(envelope, present[0].jid.bare, present[0].id, item.waiter)
+        for receiver in present:
+            self._deliveries.to_session(receiver, envelope)
+        return bool(present)
+
+    def give(self, session: Session, envelope: Envelope, waiter: Waiter | None = None) -> None:
+        """To one session, whatever it is (8.5.3.1)."""
+        if envelope.kind == MESSAGE:
+            self._safety.given(envelope, session.jid.bare, session.id, waiter)
+        self._deliveries.to_session(session, envelope)
+
+    def _may_move(self, account: str) -> bool:
+        """Whether sessions of an account may be on their way to another router."""
+        return self._draining or bool(self._strategy.keeper(account))
+
+    def absent(self, item: Item) -> Pending:
+        """Nobody takes it, as far as the strategy knows. Where other routers are, the table has the last word; for
+        presence only when the strategy was wrong: a session may just have moved."""
+        if item.missed and self.to_sessions_here(item.payload, item):
+            return None  # it came here while the others were asked
+        if self.others and item.missed < TABLE_ASKED and (item.missed or item.payload.kind != PRESENCE):
+            return self._ask_table(item)
+        return self._nobody(item)
+
+    async def _ask_table(self, item: Item) -> None:
+        try:
+            nodes = await self._by_table(item)
+            if nodes - self.others - {self._own} and await self._newer_view(NEWER_VIEW):
+                # A router that has only just come, or has just been put out.
+                nodes = await self._by_table(item)
+            elsewhere = tuple(sorted(nodes & self.others))
+            if elsewhere:
+                log.debug("found_by_table", account=item.account, routers=elsewhere)
+                item.missed = TABLE_ASKED
+                self._forwarder.copies(item, Plan(nodes=elsewhere), False)
+                return
+            if self._own in nodes and self.to_sessions_here(item.payload, item):
+                return
+            pending = self._nobody(item)
+            if pending is not None:
+                await pending
+        except (StanzaError, JidError, DatabaseAway) as error:
+            if item.payload.kind != PRESENCE:
+                self._answers.refuse(item.payload, error)
+        except Exception:
+            self._answers.failed(item.payload)
+
+    async def _by_table(self, item: Item) -> set[str]:
+        """The routers that have sessions which an item may be for."""
+        rows = await self._table.of_account(Jid.parse(item.account))
+        return {row.router for row in rows if not item.resource or row.jid.resource == item.resource}
+
+    def _nobody(self, item: Item) -> Pending:
+        """RFC 6121 8.5.2.2 and 8.5.3.2: there is no session for it."""
+        envelope: Envelope = item.payload
+        kind = envelope.kind
+        if item.resource and kind == MESSAGE:
+            if delivery.decide(kind, envelope.type, Addressed.FULL_PRESENT) is Action.NON_NEGATIVE:
+                # 8.5.3.2.1: as if it had been addressed to the bare JID.
+                item.resource = ""
+                item.missed = 0
+                return self.deliver(item, self._strategy.locate(item.account, ""))
+        addressed = Addressed.FULL_ABSENT if item.resource else Addressed.BARE_ABSENT
+        action = delivery.decide(kind, envelope.type, addressed)
+        if action is Action.STORE:
+            return self._store(envelope, Jid.parse(item.account))
+        if action is Action.BOUNCE:
+            raise StanzaError("service-unavailable")
+        return None
+
+    async def _store(self, envelope: Envelope, account: Jid) -> None:
+        try:
+            if await self._accounts.exists(account.domain, account.local):
+                for handler in self._hooks.undelivered:
+                    kept = handler(Stanza(envelope))
+                    if kept is True or (kept is not False and await kept):
+                        return
+            self._answers.refuse(envelope, StanzaError("service-unavailable"))
+        except (StanzaError, DatabaseAway) as error:
+            self._answers.refuse(envelope, error)
+        except Exception:
+            self._answers.failed(envelope)

@@ -1,0 +1,55 @@
+"""Which messages go into the archives of the accounts that have sessions here: what XEP-0441 lets them say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from services.router.messages import MessageStore, Preferences
+from services.router.rosters import Rosters
+from tidings.kit.module import RouterPort
+from tidings.xmpp.jid import Jid
+
+
+class ArchiveRules:
+    """Asked for every message, so that it must not wait: preferences are read when a session starts."""
+
+    def __init__(self, messages: MessageStore, rosters: Rosters, host_default: Callable[[str], bool]) -> None:
+        self._messages = messages
+        self._rosters = rosters
+        self._host_default = host_default
+        # Of accounts that have set some.
+        self._preferences: dict[str, Preferences] = {}
+
+    def archives(self, account: Jid, peer: str) -> bool:
+        """Whether a message from or to `peer` goes into an account's archive."""
+        preferences = self._preferences.get(account.bare_text) if self._preferences else None
+        if preferences is None:
+            return self._host_default(account.domain)
+        # 2.3.1: a full JID in a list counts before the bare one.
+        bare = peer.partition("/")[0]
+        for listed in (peer, bare):
+            if listed in preferences.never:
+                return False
+            if listed in preferences.always:
+                return True
+        if preferences.default == "roster":
+            # While the roster is being read again, what may belong there is kept.
+            return self._rosters.has(account.bare_text, bare) is not False
+        return preferences.default == "always"
+
+    async def load(self, account: Jid, router: RouterPort) -> None:
+        """Reads the preferences of an account, and what else they need. Raises DatabaseAway."""
+        self.put(account, await self._messages.preferences(account))
+        found = self._preferences.get(account.bare_text)
+        if found is not None and found.default == "roster":
+            await self._rosters.of(account, router)
+
+    def put(self, account: Jid, preferences: Preferences | None) -> None:
+        if preferences is None:
+            self._preferences.pop(account.bare_text, None)
+        else:
+            self._preferences[account.bare_text] = preferences
+
+    def forget(self, account: str) -> None:
+        """The account has no session here any more."""
+        self._preferences.pop(account, None)

@@ -1,0 +1,205 @@
+"""What waits to be written into the message store: pure, but for telling those who wait.
+
+Messages wait in the order in which they came, and are taken in groups. A group that could not be written goes back to
+the front; then nobody knows whether its messages were written. Marks of delivery wait apart, and none is put there
+while its message waits to be written as pending: so none is ever written before its message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import chain, islice
+
+from services.router.messages import Done, Message
+from tidings.kit.logging import get_logger
+from tidings.xmpp.jid import Jid
+
+log = get_logger("database")
+
+# What counts for a message besides its stanza, and for a mark: about what they take in memory.
+MESSAGE_BYTES = 200
+MARK_BYTES = 50
+
+
+class Waiting:
+    """A message that waits to be committed."""
+
+    __slots__ = ("acknowledged", "done", "message", "settled", "since", "tried", "urgent")
+
+    def __init__(self, message: Message, done: Done, since: float, urgent: bool) -> None:
+        self.message = message
+        self.done = done
+        self.since = since
+        # Who waits is to be told at once when it can't be written now.
+        self.urgent = urgent
+        # It was in a group once: it may be in the database already.
+        self.tried = False
+        # A session has acknowledged it since then.
+        self.acknowledged = False
+        # Who waits has been told what became of it.
+        self.settled = False
+
+
+class WriteQueue:
+    """Messages and marks on their way into the database. What is under way counts as waiting."""
+
+    def __init__(self) -> None:
+        self._messages: OrderedDict[Waiting, None] = OrderedDict()
+        self._marks: dict[bytes, None] = {}
+        # The group that is being written.
+        self._under_way: list[Waiting] = []
+        self._marks_under_way: list[bytes] = []
+        # All messages that are not settled, by id: several under one, when a message is written twice.
+        self._by_id: dict[bytes, list[Waiting]] = {}
+        self._urgent: set[Waiting] = set()
+        self.waiting_bytes = 0
+
+    @property
+    def messages(self) -> int:
+        """Messages that wait for a group."""
+        return len(self._messages)
+
+    @property
+    def marks(self) -> int:
+        """Marks that do."""
+        return len(self._marks)
+
+    @property
+    def oldest(self) -> float:
+        """Since when the oldest message waits; 0.0 when none does."""
+        waiting = chain(self._under_way, islice(self._messages, 1))
+        return next((one.since for one in waiting if not one.settled), 0.0)
+
+    def put(self, message: Message, done: Done, since: float, urgent: bool = False) -> None:
+        """`urgent`: who waits wants to be told by `give_up_urgent`."""
+        if not message.pending and not message.archived:
+            done(None)
+            return
+        waiting = Waiting(message, done, since, urgent)
+        self._messages[waiting] = None
+        self._by_id.setdefault(message.id, []).append(waiting)
+        self.waiting_bytes += len(message.stanza) + MESSAGE_BYTES
+        if urgent:
+            self._urgent.add(waiting)
+
+    def mark(self, ids: Iterable[bytes]) -> None:
+        """Messages are pending no longer."""
+        for acknowledged in ids:
+            found = tuple(self._by_id.get(acknowledged, ()))
+            for waiting in found:
+                if waiting.tried:
+                    # It may be there as pending: it gets its mark when it is known to be there.
+                    waiting.acknowledged = True
+                elif waiting.message.archived:
+                    waiting.message = waiting.message._replace(pending=False)
+                else:
+                    self._settle(waiting, None)
+            if not any(waiting.tried for waiting in found):
+                # What was not tried is marked too: another may have written the same message.
+                self._mark(acknowledged)
+
+    def marked(self) -> set[bytes]:
+        """What is acknowledged, and not yet known to be written so."""
+        acknowledged = {known for known, same in self._by_id.items() if any(one.acknowledged for one in same)}
+        return acknowledged | self._marks.keys() | set(self._marks_under_way)
+
+    def _mark(self, id: bytes) -> None:
+        if id not in self._marks:
+            self._marks[id] = None
+            self.waiting_bytes += MARK_BYTES
+
+    def take(self, most: int, most_bytes: int, most_marks: int) -> tuple[list[Message], list[bytes]]:
+        """The next group: messages (one at least if any waits) and marks. It is under way until `written`, `put_back`
+        or `refused` says what became of it."""
+        size = 0
+        while self._messages and len(self._under_way) < most:
+            waiting = next(iter(self._messages))
+            size += len(waiting.message.stanza)
+            if self._under_way and size > most_bytes:
+                break
+            del self._messages[waiting]
+            waiting.tried = True
+            self._under_way.append(waiting)
+        self._marks_under_way = list(islice(self._marks, most_marks))
+        for acknowledged in self._marks_under_way:
+            del self._marks[acknowledged]
+        return [waiting.message for waiting in self._under_way], self._marks_under_way
+
+    def written(self) -> None:
+        """What is under way is committed."""
+        group, marks = self._under_way, self._marks_under_way
+        self._under_way, self._marks_under_way = [], []
+        self.waiting_bytes -= MARK_BYTES * len(marks)
+        for waiting in group:
+            self._settle(waiting, None)
+
+    def put_back(self) -> None:
+        """What is under way was not written, or nobody knows: it is to be written again."""
+        for waiting in reversed(self._under_way):
+            if not waiting.settled:
+                self._messages[waiting] = None
+                self._messages.move_to_end(waiting, last=False)
+        self.waiting_bytes -= MARK_BYTES * len(self._marks.keys() & self._marks_under_way)
+        self._marks = dict.fromkeys(self._marks_under_way) | self._marks
+        self._under_way, self._marks_under_way = [], []
+
+    def refused(self, error: Exception) -> None:
+        """The one message that is under way can never be written."""
+        for waiting in self._under_way:
+            self._settle(waiting, error)
+        self.put_back()
+
+    def give_up_urgent(self, error: Exception) -> None:
+        """The database is away: those who want to know that at once are told."""
+        for waiting in tuple(self._urgent):
+            self._settle(waiting, error)
+
+    def forget(self, account: Jid) -> None:
+        """An account is removed: its messages need no writing any more."""
+        for waiting in (*self._under_way, *self._messages):
+            if waiting.message.account == account:
+                self._settle(waiting, None)
+
+    def give_up(self, error: Exception) -> None:
+        """Nothing is written any more."""
+        for waiting in (*self._under_way, *self._messages):
+            self._settle(waiting, error)
+        self._under_way, self._marks_under_way = [], []
+        self._marks.clear()
+        self.waiting_bytes = 0
+
+    def _settle(self, waiting: Waiting, error: Exception | None) -> None:
+        if waiting.settled:
+            return
+        waiting.settled = True
+        message = waiting.message
+        same = self._by_id[message.id]
+        same.remove(waiting)
+        if not same:
+            del self._by_id[message.id]
+        self._messages.pop(waiting, None)
+        self._urgent.discard(waiting)
+        self.waiting_bytes -= len(message.stanza) + MESSAGE_BYTES
+        if waiting.acknowledged:
+            self._mark(message.id)
+        try:
+            waiting.done(error)
+        except Exception:
+            # It is one waiter's fault; the others must be told too.
+            log.exception("waiter_failed")
+
+
+def telling(committed: asyncio.Future[None]) -> Done:
+    """Ends the waiting of somebody who waits for a message, if he still does."""
+
+    def done(error: Exception | None) -> None:
+        if committed.done():
+            return
+        if error is None:
+            committed.set_result(None)
+        else:
+            committed.set_exception(error)
+
+    return done

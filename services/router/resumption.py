@@ -1,0 +1,192 @@
+"""XEP-0198 5: a session waits for its client when its stream breaks, and goes on with another one.
+
+The stream may come to any connector and any router; whichever router has the session is found by the table, and the
+stream is sent on to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from services.router.deliveries import own_copy
+from services.router.sessions import Session, Sessions
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.db import DatabaseAway
+from tidings.kit.logging import get_logger
+from tidings.xmpp.errors import StanzaError, StreamError
+from tidings.xmpp.parser import parse_stanza
+from tidings.xmpp.stream_management import TooHigh, count_of, failed, resumed
+
+if TYPE_CHECKING:
+    from services.router.acknowledgements import Acknowledgements
+    from services.router.hand_over import HandOver
+    from services.router.negotiation import Negotiation
+    from services.router.safety import Safety
+    from services.router.store import SessionTable
+
+log = get_logger("router")
+
+# Seconds until it is looked again whether the database is back.
+AGAIN = 1.0
+# Sessions that are over whose clients may still ask how much was handled (5: `h` in <failed/>).
+MAX_OVER = 10_000
+
+
+class Resumption:
+    """The sessions of one router that wait, and the streams that want to go on with one."""
+
+    def __init__(
+        self,
+        own: str,
+        sessions: Sessions,
+        table: SessionTable,
+        safety: Safety,
+        acknowledgements: Acknowledgements,
+        hand_over: HandOver,
+        is_reachable: Callable[[Session], Awaitable[bool]],
+        spawn: Callable[[Any, str], Any],
+    ) -> None:
+        """`is_reachable`: whether the database answers; while it does not, no time passes for those who wait."""
+        self._own = own
+        self._sessions = sessions
+        self._table = table
+        self._safety = safety
+        self._acknowledgements = acknowledgements
+        self._hand_over = hand_over
+        self._is_reachable = is_reachable
+        self._spawn = spawn
+        # Of sessions that are over: the account, and what was handled.
+        self._over: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        # Ends a session.
+        self.end: Callable[[Session], Awaitable[None]] = _nothing
+        # Waits until a session that comes from another router is whole, and tells that a session has a stream again.
+        self.whole: Callable[[Session], Awaitable[None]] = _nothing
+        self.attached: Callable[[Session], None] = lambda _session: None
+        # Sends a stream to the router of its session.
+        self.send_on: Callable[[Negotiation, str, Envelope], bool] = lambda _stream, _router, _request: False
+        # Total, for metrics.
+        self.resumed = 0
+        self.refused = 0
+
+    # --- sessions that wait ---
+
+    def suspend(self, session: Session) -> None:
+        """Its stream has broken, and it may be resumed."""
+        link = session.link
+        if link is not None:
+            link.unbound(session)
+        session.link = None
+        session.stream = 0
+        session.asks = False
+        session.lane.on_long = session.lane.on_short = None
+        # What comes in a batch keeps all of it in memory.
+        session.outbound.queue = type(session.outbound.queue)(
+            (number, own_copy(what) if isinstance(what, Envelope) else what)
+            for number, what in session.outbound.queue
+        )
+        self.wait(session, session.resume_seconds)
+        log.debug("session_suspended", session=session.id, account=session.account, seconds=session.resume_seconds)
+
+    def wait(self, session: Session, seconds: float) -> None:
+        """Ends a session after a while, if its client has not come back till then."""
+        session.waits = asyncio.get_running_loop().call_later(
+            seconds, lambda: self._spawn(self._waited(session), "a session whose time is over")
+        )
+
+    async def _waited(self, session: Session) -> None:
+        if not await self._is_reachable(session):
+            # Nobody can log in, nor resume elsewhere: that is not the client's fault.
+            self.wait(session, AGAIN)
+        elif session.link is None and not session.closed:
+            log.debug("session_timed_out", session=session.id, account=session.account)
+            # Whoever comes too late now finds it closed.
+            session.closed = True
+            await self.end(session)
+
+    def ended(self, session: Session) -> None:
+        if session.waits is not None:
+            session.waits.cancel()
+            session.waits = None
+        if session.resume_seconds:
+            self._over[session.id] = (session.account, session.inbound.h)
+            if len(self._over) > MAX_OVER:
+                self._over.popitem(last=False)
+
+    # --- streams that resume ---
+
+    async def resume(self, stream: Negotiation, request: Envelope) -> None:
+        """Answers <resume/> on a stream that is authenticated and not bound."""
+        try:
+            attributes = parse_stanza(request.stanza).attrs
+            id_, h = attributes.get("previd", ""), count_of(attributes.get("h", ""))
+            session = await self._found(stream, id_)
+            if session is None and await self._is_elsewhere(stream, id_, request):
+                return
+            if session is None:
+                raise StanzaError("item-not-found")
+            self._go_on(stream, session, h)
+        except StreamError as error:
+            application = error.application if isinstance(error, TooHigh) else b""
+            stream.link.close(stream.number, error.condition, error.text, application)
+        except DatabaseAway:
+            self._refuse(stream, "resource-constraint", "")
+        except StanzaError as error:
+            self._refuse(stream, error.condition, id_ if error.condition == "item-not-found" else "")
+
+    def _refuse(self, stream: Negotiation, condition: str, id_: str) -> None:
+        """5: the client may bind now, as if nothing had been."""
+        self.refused += 1
+        account, h = self._over.get(id_, ("", 0))
+        known = bool(id_) and account == str(stream.account)
+        stream.link.command(stream.number).element = failed(condition, h if known else None)
+
+    async def _found(self, stream: Negotiation, id_: str) -> Session | None:
+        """The session, if it is here, is this account's, and may be resumed."""
+        session = self._sessions.get(id_)
+        if session is not None:
+            await self._hand_over.settled(session)
+            await self.whole(session)
+            session = self._sessions.get(id_)
+        if session is None or session.account != str(stream.account):
+            return None
+        return session if session.resume_seconds and not session.closed else None
+
+    async def _is_elsewhere(self, stream: Negotiation, id_: str, request: Envelope) -> bool:
+        """Whether another router has it, and the stream is on its way there. Raises DatabaseAway."""
+        assert stream.account is not None
+        for row in await self._table.of_account(stream.account):
+            if row.session == id_ and row.router != self._own:
+                return self.send_on(stream, row.router, request)
+        return False
+
+    def _go_on(self, stream: Negotiation, session: Session, h: int) -> None:
+        """5: what the client has not confirmed is sent again, behind <resumed/>. Raises TooHigh."""
+        self._safety.acknowledged(session, session.outbound.acknowledge(h))
+        before = session.link
+        if before is not None:
+            before.unbound(session)
+            before.give_up(session.stream)
+            before.close(session.stream, "conflict", "resumed by another connection")
+        if session.waits is not None:
+            session.waits.cancel()
+            session.waits = None
+        link = stream.link
+        session.link, session.stream, session.connector = link, stream.number, link.incarnation
+        session.asks = False
+        stream.session = session
+        session.inbound.resume()
+        link.bound(session, resumed(session.id, session.inbound.h))
+        for number, what in session.outbound.queue:
+            if isinstance(what, Envelope):
+                link.deliver(session, what, number)
+        if session.outbound.queue:
+            self._acknowledgements.ask(session)
+        self.resumed += 1
+        log.debug("session_resumed", session=session.id, account=session.account)
+        self.attached(session)
+
+
+async def _nothing(_session: Session) -> None: ...

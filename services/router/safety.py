@@ -1,0 +1,237 @@
+"""When a stanza of a session is safe, and what is written for that.
+
+A message is safe when what `--message-durability` asks for has happened: only then it counts in the `h` that its
+sender is told (XEP-0198 4), and only then the answers to later stanzas of a sender without XEP-0198 go out. Delivery
+does not wait for it. With `database` it is stored, as one that waits for its account, by a commit in which it is one
+of many; it waits no longer when a session of the account has acknowledged it. Other stanzas are safe when they are
+dealt with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from services.router.messages import Message, MessageStore, id_text, message_id, wanted
+from tidings.kit.logging import get_logger
+from tidings.kit.module import MESSAGE
+from tidings.xmpp import stanza_ids
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.stanza_ids import STANZA_ID
+from tidings.xmpp.stream_management import Sent
+
+if TYPE_CHECKING:
+    from services.router.sessions import Session, Sessions
+    from tidings.api.common.v1.stanza_pb2 import Envelope
+    from tidings.cluster.flows import Waiter
+
+log = get_logger("router")
+
+# Below this part of the limit, sockets are read again.
+RELIEF = 0.5
+
+
+class Safety:
+    """Knows of each stanza of this router's sessions whether it is safe."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        messages: MessageStore,
+        durability: str,
+        limit: int,
+        archives: Callable[[Jid, str], bool],
+    ) -> None:
+        """`limit`: bytes that may wait for the database before sockets are not read any more. `archives`: whether
+        what an account has with somebody goes into its archive."""
+        self._sessions = sessions
+        self._messages = messages
+        self._archives = archives
+        self._limit = limit
+        # Whether a sender waits for the database.
+        self.waits = durability == "database"
+        self._key = b""
+        # Told of a session when more of what it sent is safe.
+        self.on_safe: Callable[[Session], None] = lambda _session: None
+        # Sessions that are not read until the database has caught up.
+        self._held: list[Session] = []
+        # The message that was written last, for whom, and its id: each is asked for again at once.
+        self._last: tuple[str, int, str, bytes] = ("", 0, "", b"")
+
+    def start(self, key: bytes) -> None:
+        """`key`: 32 bytes that all routers share, from which the ids of messages are made."""
+        self._key = key
+
+    # --- what comes from a session ---
+
+    def accept(self, session: Session, envelope: Envelope) -> bool:
+        """Gives a stanza its number, at once when it comes. False when it repeats one that is dealt with here, or
+        will be."""
+        inbound = session.inbound
+        if inbound.counts:
+            kind, id_, to, raw = envelope.kind, envelope.id, envelope.to_jid, envelope.stanza
+            if inbound.may_repeat and inbound.repeated(kind, id_, to, raw):
+                self.on_safe(session)
+                return False
+            number = inbound.take()
+            inbound.count(Sent(number, kind, id_, to, raw))
+        elif self.waits:
+            number = inbound.take()
+        else:
+            # Nobody will ask.
+            number = inbound.number = inbound.number + 1
+        envelope.number = number
+        envelope.origin = session.id
+        if self._limit and self._messages.waiting_bytes > self._limit:
+            self._hold(session)
+        return True
+
+    def dealt(self, session: Session, number: int) -> None:
+        """A stanza is where it has to go, or refused; what is written for it may still be under way."""
+        inbound = session.inbound
+        if (self.waits or inbound.counts) and inbound.settle(number):
+            self.on_safe(session)
+
+    # --- what is written ---
+
+    def is_kept(self, envelope: Envelope, account: Jid) -> bool:
+        """Whether a message waits in the store until a session of the account has acknowledged it."""
+        if envelope.kind != MESSAGE or not envelope.number:
+            return False
+        pending, archived = wanted(envelope.type, envelope.children)
+        return pending and (self.waits or (archived and self._archives(account, envelope.from_jid)))
+
+    def id_of(self, envelope: Envelope, account: str) -> bytes:
+        """Under which id a message is stored for an account."""
+        origin, number, to, id_ = self._last
+        if number == envelope.number and to == account and origin == envelope.origin:
+            return id_
+        return message_id(self._key, account, envelope.origin, envelope.number)
+
+    def sent(self, session: Session, envelope: Envelope, to: Jid) -> None:
+        """A message leaves: it goes into the sender's archive. Nobody else's word on where it is archived goes with
+        it (XEP-0359 3)."""
+        account = session.jid.bare
+        if STANZA_ID in envelope.children:
+            accounts = (account.bare_text, to.bare_text)
+            envelope.stanza = stanza_ids.remove_forged(envelope.stanza, accounts)
+        if account.bare_text == to.bare_text or not self._archives(account, str(to)):
+            return  # what somebody sends to themselves has its place there as received
+        if wanted(envelope.type, envelope.children)[1]:
+            id_ = message_id(self._key, account.bare_text, envelope.origin, envelope.number)
+            self._write(_message(envelope, account, id_, str(to), False, True, ""))
+
+    def waiter(self, envelope: Envelope) -> Waiter | None:
+        """Who waits until a message of a session of this router is safe; it expects what its caller has in hand."""
+        session = self._sessions.get(envelope.origin) if self.waits and envelope.kind == MESSAGE else None
+        if session is None or not envelope.number:
+            return None
+        waiter = _Sender(self, session, envelope.number)
+        waiter.expect()
+        return waiter
+
+    def given(self, envelope: Envelope, account: Jid, holder: str, waiter: Waiter | None = None) -> None:
+        """A session of an account gets a message, and perhaps others too: it is written, and if it goes into the
+        archive the receivers are told its id. Call it before it is delivered.
+
+        `waiter`: who waits until it is safe, if that is not the session that has sent it.
+        """
+        message = self.message(envelope, account, holder, self.waits)
+        if message is not None:
+            self._write(message, waiter)
+
+    def message(self, envelope: Envelope, account: Jid, holder: str = "", waits: bool = True) -> Message | None:
+        """An account's copy of a message; None when it is not to be kept. From here on the stanza has the id of the
+        archive in it (XEP-0359 3), and none that somebody else has put in.
+
+        `waits`: whether it is kept for the sake of sessions that come later, if it is not for the archive.
+        """
+        if STANZA_ID in envelope.children:
+            envelope.stanza = stanza_ids.remove_forged(envelope.stanza, (account.bare_text,))
+        pending, archived = wanted(envelope.type, envelope.children)
+        archived = archived and self._archives(account, envelope.from_jid)
+        if not archived and not (pending and waits):
+            return None
+        id_ = message_id(self._key, account.bare_text, envelope.origin, envelope.number)
+        self._last = (envelope.origin, envelope.number, account.bare_text, id_)
+        if archived:
+            envelope.stanza = stanza_ids.add(envelope.stanza, account.bare_text, id_text(id_))
+        return _message(envelope, account, id_, envelope.from_jid, pending, archived, holder)
+
+    def _write(self, message: Message, waiter: Waiter | None = None) -> None:
+        if not self.waits:
+            self._messages.write(message, self._written)
+        elif waiter is not None:
+            waiter.expect()
+            self._messages.write(message, partial(self._written, waiter=waiter))
+        else:
+            sender = self._sessions.get(message.origin)
+            if sender is not None:
+                sender.inbound.expect(message.number)
+            self._messages.write(message, partial(self._written, sender=sender, number=message.number))
+
+    def _written(
+        self, error: Exception | None, waiter: Waiter | None = None, sender: Session | None = None, number: int = 0
+    ) -> None:
+        if error is not None:
+            # It is not safe, and will never be: its sender is not told that it is.
+            log.error("message_not_stored", reason=str(error))
+        elif waiter is not None:
+            waiter.settle()
+        elif sender is not None and sender.inbound.settle(number):
+            self.on_safe(sender)
+        if self._held and self._messages.waiting_bytes < self._limit * RELIEF:
+            self._relieve()
+
+    def acknowledged(self, session: Session, what: list[Envelope | bytes]) -> None:
+        """A session has what it was given."""
+        account = session.jid.bare
+        ids = [
+            one if isinstance(one, bytes) else self.id_of(one, session.account)
+            for one in what
+            if isinstance(one, bytes) or self.is_kept(one, account)
+        ]
+        if ids:
+            self._messages.delivered(account, ids)
+
+    # --- back-pressure ---
+
+    def _hold(self, session: Session) -> None:
+        """The database is behind: who goes on to send is not read."""
+        if session.lane.on_long is not None and session not in self._held:
+            self._held.append(session)
+            session.lane.on_long()
+
+    def _relieve(self) -> None:
+        held, self._held = self._held, []
+        for session in held:
+            if session.lane.on_short is not None:
+                session.lane.on_short()
+
+
+class _Sender:
+    """The sender of a message as one that waits until it is safe (`tidings.cluster.flows.Waiter`)."""
+
+    __slots__ = ("_number", "_safety", "_session")
+
+    def __init__(self, safety: Safety, session: Session, number: int) -> None:
+        self._safety = safety
+        self._session = session
+        self._number = number
+
+    def expect(self) -> None:
+        self._session.inbound.expect(self._number)
+
+    def settle(self) -> None:
+        if self._session.inbound.settle(self._number):
+            self._safety.on_safe(self._session)
+
+
+def _message(
+    envelope: Envelope, account: Jid, id_: bytes, peer: str, pending: bool, archived: bool, holder: str
+) -> Message:
+    return Message(
+        account, id_, peer, envelope.origin, envelope.number, envelope.from_jid, envelope.received_unix_ms,
+        envelope.stanza, pending, archived, holder,
+    )  # fmt: skip

@@ -1,0 +1,517 @@
+"""What the store of messages must do: one suite over memory, SQLite and MariaDB."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.router.messages import ArchiveQuery, Preferences, UnknownId, message_id
+from services.router.messages_memory import MemoryMessageStore
+from services.router.messages_sql import SqlMessageStore
+from services.router.retention import DAY_MS, PORTION, Retention
+from services.router.store_memory import MemorySessionTable
+from services.router.store_sql_sessions import SqlSessionTable
+from tests.contract.message_stores import (
+    JULIET,
+    KEY,
+    NURSE,
+    ROMEO,
+    Faulty,
+    Stores,
+    Told,
+    archive,
+    message,
+    numbers,
+    settled,
+)
+from tidings.kit.database_url import DatabaseUrl, parse
+from tidings.kit.db import DatabaseAway
+from tidings.kit.migrations import migrate
+from tidings.xmpp.jid import Jid
+
+HOUR = 3_600_000
+
+
+@pytest.fixture(params=["memory", "sqlite", "mysql"])
+async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stores]:
+    if request.param == "memory":
+        sessions = MemorySessionTable()
+        store = MemoryMessageStore(sessions)
+        yield Stores(store, store, sessions)
+        return
+    if request.param == "sqlite":
+        url = DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")
+    else:
+        url = parse(request.getfixturevalue("mariadb").create_database())
+    databases = [Faulty(url), Faulty(url)]
+    for database in databases:
+        await database.start()
+        await migrate(database, "router", "services.router:migrations")
+    one, other = (SqlMessageStore(database) for database in databases)
+    await one.start()
+    await other.start()
+    yield Stores(one, other, SqlSessionTable(databases[0]))
+    await one.stop()
+    await other.stop()
+    for database in databases:
+        await database.stop()
+
+
+# --- writing ---
+
+
+async def test_who_claims_is_told_whether_others_were_given_it_when_it_came(stores: Stores) -> None:
+    await bind(stores, "desk")
+    await stores.store.keep(message(ROMEO, 1, holder="desk"))
+    await stores.store.keep(message(ROMEO, 2))
+    assert [kept.given for kept in await stores.store.pending(ROMEO, "desk", 10)] == [True, False]
+    await stores.sessions.end(ROMEO.with_resource("desk"), "desk", 1)
+    for _ in range(2):
+        assert [kept.given for kept in await stores.store.pending(ROMEO, "phone", 10)] == [True, False]
+
+
+async def test_what_is_acknowledged_is_not_offered_again_before_that_is_written(stores: Stores) -> None:
+    for number in range(5):
+        await stores.store.keep(message(ROMEO, number))
+    kept = await stores.store.pending(ROMEO, "s", 2)
+    stores.store.delivered(ROMEO, [one.id for one in kept])
+    assert numbers(await stores.store.pending(ROMEO, "s", 2)) == [2, 3]
+
+
+async def test_who_writes_is_told_when_it_is_kept_and_in_order(stores: Stores) -> None:
+    told = Told()
+    written = [message(account, n) for n in range(700) for account in (ROMEO, JULIET)]
+    told.write(stores.store, *written)
+    assert told.order == [], "nobody is told within his own call"
+    await told.of(len(written))
+    assert told.order == [one.id for one in written]
+    assert told.errors == {}
+    assert await archive(stores) == list(range(700))
+
+
+async def test_all_that_is_written_is_read_back_and_odd_bytes_too(stores: Stores) -> None:
+    stanza = "<message><body>é♥😀 %s \\' ? :x</body></message>".encode() + b"\0x" * 150_000
+    peer = "ä@example.org/♥ ' \\"
+    full = message(ROMEO, 2**40, peer=peer, at=2**41, from_jid="romeo@example.org/'")._replace(stanza=stanza)
+    bare = message(ROMEO, 1, origin="", at=5)
+    for one in (full, bare):
+        await stores.store.keep(one)
+    page = (await stores.store.page(ROMEO, ArchiveQuery())).messages
+    assert [kept[1:8] for kept in page] == [
+        (full.id, peer, "session", 2**40, full.from_jid, 2**41, stanza),
+        (bare.id, bare.peer, "", 0, bare.from_jid, 5, bare.stanza),
+    ]
+    assert page == await stores.store.pending(ROMEO, "s", 10)
+
+
+async def test_a_message_that_is_written_again_is_kept_once_and_as_it_was(stores: Stores) -> None:
+    """XEP-0313 6.1.1: once, irrespective of how often it comes."""
+    told = Told()
+    told.write(stores.store, message(ROMEO, 1), message(ROMEO, 1), message(JULIET, 1))
+    told.write(stores.other, message(ROMEO, 1))
+    await told.of(4)
+    await stores.store.keep(message(ROMEO, 1))
+    stores.store.delivered(ROMEO, [message(ROMEO, 1).id])
+    await settled(stores.store)
+    await stores.other.keep(message(ROMEO, 1))
+    assert await archive(stores) == [1]
+    assert await archive(stores, JULIET) == [1]
+    assert await stores.store.pending_count(ROMEO) == 0
+
+
+async def test_messages_without_origin_are_never_taken_for_each_other(stores: Stores) -> None:
+    for _ in range(2):
+        await stores.store.keep(message(ROMEO, 1, origin=""))
+    assert await stores.store.pending_count(ROMEO) == 2
+
+
+async def test_names_of_accounts_are_compared_byte_by_byte(stores: Stores) -> None:
+    accounts = [
+        Jid(local, "example.org", "") for local in ("strasse", "stra\u00dfe", "e", "\u00e9", "a\u0308", "\u00e4")
+    ]
+    told = Told()
+    told.write(stores.store, *(message(account, n) for n, account in enumerate(accounts)))
+    await told.of(len(accounts))
+    assert [await archive(stores, account) for account in accounts] == [[n] for n in range(len(accounts))]
+
+
+async def test_what_waits_is_counted_until_it_is_kept(stores: Stores) -> None:
+    assert (stores.store.waiting_bytes, stores.store.oldest_waiting) == (0, 0.0)
+    told = Told()
+    one = message(ROMEO, 1)
+    told.write(stores.store, one)
+    since = stores.store.oldest_waiting
+    assert since > 0
+    told.write(stores.store, message(ROMEO, 2))
+    assert stores.store.oldest_waiting == since
+    assert stores.store.waiting_bytes == 2 * (len(one.stanza) + 200)
+    await told.of(2)
+    assert (stores.store.waiting_bytes, stores.store.oldest_waiting) == (0, 0.0)
+    stores.store.delivered(ROMEO, [one.id, one.id])
+    assert stores.store.waiting_bytes == 50
+    await settled(stores.store)
+
+
+# --- marks of delivery ---
+
+
+async def test_what_is_delivered_waits_no_longer_and_what_is_not_archived_is_gone(stores: Stores) -> None:
+    for n in range(4):
+        await stores.store.keep(message(ROMEO, n, archived=n % 2 == 0))
+    stores.store.delivered(ROMEO, [message(ROMEO, n).id for n in (0, 1, 99)])
+    await settled(stores.store)
+    assert numbers(await stores.store.pending(ROMEO, "s", 10)) == [2, 3]
+    assert await archive(stores) == [0, 2]
+    with pytest.raises(UnknownId):
+        await stores.store.page(ROMEO, ArchiveQuery(after=message(ROMEO, 1).id))
+
+
+async def test_any_router_may_take_the_mark_off(stores: Stores) -> None:
+    await stores.store.keep(message(ROMEO, 1, archived=False))
+    stores.other.delivered(ROMEO, [message(ROMEO, 1).id])
+    await settled(stores.other)
+    assert await stores.store.pending_count(ROMEO) == 0
+
+
+async def test_a_message_that_is_acknowledged_while_it_waits_is_written_as_such_or_not_at_all(stores: Stores) -> None:
+    stores.set_away(True)
+    told = Told()
+    told.write(stores.store, *(message(ROMEO, n, archived=n != 2) for n in (1, 2, 3)))
+    stores.store.delivered(ROMEO, [message(ROMEO, n).id for n in (1, 2)])
+    assert told.order == [message(ROMEO, 2).id], "at once"
+    stores.set_away(False)
+    assert sorted(await told.of(3)) == sorted(message(ROMEO, n).id for n in (1, 2, 3))
+    assert await archive(stores) == [1, 3]
+    assert numbers(await stores.store.pending(ROMEO, "s", 10)) == [3]
+
+
+async def test_a_mark_is_not_lost_on_a_message_that_is_written_again_at_that_moment(stores: Stores) -> None:
+    for n, archived in enumerate((True, False)):
+        await stores.other.keep(message(ROMEO, n, archived=archived))
+        stores.store.write(message(ROMEO, n, archived=archived), lambda _error: None)
+        stores.store.delivered(ROMEO, [message(ROMEO, n).id])
+    await settled(stores.store)
+    assert await stores.store.pending_count(ROMEO) == 0
+
+
+async def test_a_mark_that_comes_right_after_its_message_is_never_lost(stores: Stores) -> None:
+    told = Told()
+    for n in range(300):
+        told.write(stores.store, message(ROMEO, n, archived=n % 3 == 0))
+        if n % 2:
+            await asyncio.sleep(0)
+        stores.store.delivered(ROMEO, [message(ROMEO, n).id])
+    await told.of(300)
+    await settled(stores.store)
+    assert await stores.store.pending_count(ROMEO) == 0
+    assert sorted(await archive(stores)) == list(range(0, 300, 3))
+
+
+# --- while the database is away ---
+
+
+async def test_while_the_database_is_away_messages_wait_in_order_and_without_an_error(stores: Stores) -> None:
+    await stores.store.keep(message(ROMEO, 0, archived=False))
+    stores.set_away(True)
+    told = Told()
+    told.write(stores.store, *(message(ROMEO, n) for n in range(1, 50)))
+    stores.store.delivered(ROMEO, [message(ROMEO, 0).id])
+    with pytest.raises(DatabaseAway):
+        await stores.store.keep(message(ROMEO, 100))
+    told.write(stores.store, *(message(ROMEO, n) for n in range(50, 60)))
+    assert told.order == []
+    assert stores.store.oldest_waiting > 0
+    stores.set_away(False)
+    await told.of(59)
+    assert told.order == [message(ROMEO, n).id for n in range(1, 60)]
+    await settled(stores.store)
+    assert await archive(stores) == list(range(1, 60)), "who was told that it is not kept may send it again"
+    assert await stores.store.pending_count(ROMEO) == 59
+
+
+async def test_while_the_database_is_away_who_asks_is_told_so(stores: Stores) -> None:
+    stores.set_away(True)
+    with pytest.raises(DatabaseAway):
+        await stores.store.pending(ROMEO, "s", 1)
+    with pytest.raises(DatabaseAway):
+        await stores.store.pending_count(ROMEO)
+    with pytest.raises(DatabaseAway):
+        await stores.store.page(ROMEO, ArchiveQuery())
+    with pytest.raises(DatabaseAway):
+        await stores.store.preferences(ROMEO)
+
+
+# --- what is pending ---
+
+
+async def bind(stores: Stores, name: str, account: Jid = ROMEO) -> None:
+    assert await stores.sessions.bind(account.with_resource(name), name, "router") is None
+
+
+async def test_of_two_sessions_that_come_at_once_each_message_goes_to_one(stores: Stores) -> None:
+    for session in ("desk", "phone"):
+        await bind(stores, session)
+    told = Told()
+    told.write(stores.store, *(message(ROMEO, n) for n in range(40)))
+    await told.of(40)
+    rounds = [
+        await asyncio.gather(stores.store.pending(ROMEO, "desk", 10), stores.other.pending(ROMEO, "phone", 10))
+        for _ in range(2)
+    ]
+    (desk, phone), again = rounds
+    given = numbers(desk) + numbers(phone)
+    assert len(given) == len(set(given)) == 20
+    assert numbers(desk) == sorted(numbers(desk))
+    assert [[kept.number for kept in more] for more in again] == [numbers(desk), numbers(phone)], "its own again"
+
+
+async def test_messages_are_given_by_pages_and_in_order(stores: Stores) -> None:
+    for n in range(5):
+        await stores.store.keep(message(ROMEO, n))
+    await stores.store.keep(message(JULIET, 9))
+    first = await stores.store.pending(ROMEO, "s", 2)
+    second = await stores.store.pending(ROMEO, "s", 10, after=first[-1].position)
+    assert (numbers(first), numbers(second)) == ([0, 1], [2, 3, 4])
+    positions = [kept.position for kept in first + second]
+    assert positions == sorted(set(positions))
+    assert await stores.store.pending(ROMEO, "s", 10, after=positions[-1]) == []
+    assert await stores.store.pending(NURSE, "s", 10) == []
+
+
+async def test_a_claim_is_void_when_its_session_has_gone(stores: Stores) -> None:
+    await bind(stores, "desk")
+    await bind(stores, "phone")
+    await stores.store.keep(message(ROMEO, 1))
+    assert numbers(await stores.store.pending(ROMEO, "desk", 10)) == [1]
+    assert await stores.store.pending(ROMEO, "phone", 10) == []
+    assert await stores.store.pending_count(ROMEO) == 1, "it waits all the same"
+    await stores.sessions.end(ROMEO.with_resource("desk"), "desk", 1)
+    assert numbers(await stores.store.pending(ROMEO, "phone", 10)) == [1]
+
+
+async def test_what_a_session_was_given_as_it_was_written_is_held_by_it(stores: Stores) -> None:
+    await bind(stores, "desk")
+    # A session of that id, but of somebody else.
+    await bind(stores, "tablet", JULIET)
+    for n, holder in enumerate(("desk", "tablet", "")):
+        await stores.store.keep(message(ROMEO, n, holder=holder))
+    assert numbers(await stores.store.pending(ROMEO, "phone", 10)) == [1, 2]
+    assert numbers(await stores.store.pending(ROMEO, "desk", 10)) == [0, 1, 2], "the phone is no living session"
+
+
+async def test_messages_are_found_however_many_were_settled_before(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.router.messages_sql.SETTLE_STEP", 3)
+    for n in range(30):
+        await stores.store.keep(message(ROMEO, n, archived=n % 4 == 0))
+        if n % 10 == 9:
+            stores.store.delivered(ROMEO, [message(ROMEO, m).id for m in range(n - 9, n) if m % 7])
+            await settled(stores.store)
+        left = [m for m in range(n + 1) if m > n // 10 * 10 - 1 + 10 * (n % 10 == 9) or m % 7 == 0 or m % 10 == 9]
+        assert numbers(await stores.store.pending(ROMEO, "s", 100)) == left
+        assert numbers(await stores.other.pending(ROMEO, "s", 100, after=0)) == left
+        assert await stores.store.pending_count(ROMEO) == len(left)
+    stores.store.delivered(ROMEO, [message(ROMEO, m).id for m in range(30)])
+    await settled(stores.store)
+    assert await stores.store.pending(ROMEO, "s", 100) == []
+    await stores.other.keep(message(ROMEO, 99))
+    assert numbers(await stores.store.pending(ROMEO, "s", 100)) == [99]
+
+
+# --- the archive ---
+
+
+async def test_pages_go_forwards_and_backwards_and_say_when_they_are_the_last(stores: Stores) -> None:
+    """XEP-0059 2.2, 2.3, 2.5; XEP-0313 4.3."""
+    for n in range(7):
+        await stores.store.keep(message(ROMEO, n, archived=n != 3))
+
+    async def page(
+        after: int | None = None, before: int | None = None, backwards: bool = False
+    ) -> tuple[list[int], bool]:
+        ids = [message(ROMEO, n).id if n is not None else None for n in (after, before)]
+        found = await stores.store.page(
+            ROMEO, ArchiveQuery(after=ids[0], before=ids[1], backwards=backwards, limit=3)
+        )
+        return numbers(found.messages), found.complete
+
+    assert await page() == ([0, 1, 2], False)
+    assert await page(after=2) == ([4, 5, 6], True)
+    assert await page(after=3) == ([4, 5, 6], True), "it is not archived, but it has a place"
+    assert await page(after=6) == ([], True)
+    assert await page(backwards=True) == ([4, 5, 6], False)
+    assert await page(before=4, backwards=True) == ([0, 1, 2], True)
+    assert await page(before=5, backwards=True) == ([1, 2, 4], False)
+    assert await page(before=5) == ([0, 1, 2], False)
+    assert await page(after=1, before=5) == ([2, 4], True)
+    assert await page(after=1, before=5, backwards=True) == ([2, 4], True)
+
+
+@pytest.mark.parametrize("which", ["after", "before"])
+async def test_an_id_that_names_no_message_of_the_account_is_unknown(stores: Stores, which: str) -> None:
+    """XEP-0313 4.3.2."""
+    await stores.store.keep(message(ROMEO, 1))
+    await stores.store.keep(message(JULIET, 2))
+    for id_ in (message(JULIET, 2).id, bytes(16)):
+        query = ArchiveQuery(after=id_) if which == "after" else ArchiveQuery(before=id_)
+        with pytest.raises(UnknownId):
+            await stores.store.page(ROMEO, query)
+
+
+async def test_an_archive_is_asked_for_what_was_said_with_somebody(stores: Stores) -> None:
+    """XEP-0313 4.1.1: a bare JID stands for all its resources, a full one for itself; 'with' oneself is oneself."""
+    peers = [
+        "juliet@example.org/balcony", "juliet@example.org", "juliet@example.org0", "juliet@example.orga/x",
+        "juliet@example.org/balcony2", "romeo@example.org/phone", "example.org/service",
+    ]  # fmt: skip
+    for n, peer in enumerate(peers):
+        await stores.store.keep(message(ROMEO, n, peer=peer))
+
+    async def with_(jid: str) -> list[int]:
+        return await archive(stores, query=ArchiveQuery(with_=Jid.parse(jid)))
+
+    assert await with_("juliet@example.org") == [0, 1, 4]
+    assert await with_("juliet@example.org/balcony") == [0]
+    assert await with_("romeo@example.org") == [5]
+    assert await with_("example.org") == [6]
+    assert await with_("nurse@example.org") == []
+
+
+async def test_an_archive_is_asked_for_a_time(stores: Stores) -> None:
+    """XEP-0313 4.1.2: both ends included."""
+    for n in range(10):
+        await stores.store.keep(message(ROMEO, n, at=n * 100 * HOUR))
+
+    async def between(start: int | None, end: int | None, **more: object) -> list[int]:
+        return await archive(stores, query=ArchiveQuery(start=start, end=end, **more))  # type: ignore[arg-type]
+
+    assert await between(300 * HOUR, 500 * HOUR) == [3, 4, 5]
+    assert await between(300 * HOUR + 1, 500 * HOUR - 1) == [4]
+    assert await between(None, 100 * HOUR) == [0, 1]
+    assert await between(800 * HOUR, None) == [8, 9]
+    assert await between(901 * HOUR, None) == []
+    assert await between(None, -1) == []
+    assert await between(700 * HOUR, 200 * HOUR) == []
+    assert await between(200 * HOUR, None, limit=2, backwards=True) == [8, 9]
+    assert await between(200 * HOUR, 800 * HOUR, after=message(ROMEO, 4).id, before=message(ROMEO, 7).id) == [5, 6]
+    assert (await stores.store.page(NURSE, ArchiveQuery(start=0, end=1))).messages == []
+
+
+async def test_a_message_that_was_received_before_one_in_front_of_it_is_found_by_its_time(stores: Stores) -> None:
+    """Clocks of routers differ, and messages wait for the database: positions are not quite in the order of times."""
+    times = [1, 2, 3, 4, 10.5, 9.9, 10.2, 9.7, 11, 12, 20]
+    for n, time in enumerate(times):
+        await stores.store.keep(message(ROMEO, n, at=int(time * HOUR)))
+    for start in times:
+        for end in times:
+            query = ArchiveQuery(start=int(start * HOUR), end=int(end * HOUR))
+            assert await archive(stores, query=query) == [n for n, time in enumerate(times) if start <= time <= end]
+
+
+async def test_who_pages_after_the_last_one_that_it_has_misses_nothing(stores: Stores) -> None:
+    """Two routers write for one account, and a client reads meanwhile."""
+    told = Told()
+    seen: list[int] = []
+
+    async def read() -> None:
+        after = message(ROMEO, 0).id
+        while len(seen) < 400:
+            page = await stores.store.page(ROMEO, ArchiveQuery(after=after, limit=50))
+            seen.extend(numbers(page.messages))
+            after = page.messages[-1].id if page.messages else after
+            await asyncio.sleep(0)
+
+    await stores.store.keep(message(ROMEO, 0))
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        tasks.create_task(read(), name="reader")
+        for n in range(1, 401):
+            told.write(stores.store if n % 2 else stores.other, message(ROMEO, n))
+            if n % 7 == 0:
+                await asyncio.sleep(0.01)
+    assert sorted(seen) == list(range(1, 401))
+    for store in (0, 1):
+        own = [n for n in seen if n % 2 == store]
+        assert own == sorted(own), "each router's in the order of its writes"
+
+
+# --- retention ---
+
+
+async def test_what_is_old_leaves_the_archive_oldest_first_and_what_waits_waits_on(stores: Stores) -> None:
+    """XEP-0313 3: no holes."""
+    told = Told()
+    other_host = Jid.parse("romeo@example.net")
+    for account in (ROMEO, JULIET, other_host):
+        told.write(stores.store, *(message(account, n, at=n * HOUR, pending=n == 2) for n in range(10)))
+    await told.of(30)
+    assert await stores.store.expire("example.org", 5 * HOUR, 3) == 3
+    left = await archive(stores, ROMEO) + await archive(stores, JULIET)
+    assert len(left) == 17
+    assert await stores.store.expire("example.org", 5 * HOUR, 100) == 7
+    for account in (ROMEO, JULIET):
+        assert await archive(stores, account) == [5, 6, 7, 8, 9]
+        assert numbers(await stores.store.pending(account, "s", 10)) == [2]
+    assert await archive(stores, other_host) == list(range(10))
+    assert await stores.store.expire("example.org", 5 * HOUR, 100) == 0
+    stores.store.delivered(ROMEO, [message(ROMEO, 2).id])
+    await settled(stores.store)
+    with pytest.raises(UnknownId):
+        await stores.store.page(ROMEO, ArchiveQuery(after=message(ROMEO, 2).id))
+
+
+async def test_retention_sweeps_each_host_by_its_own_days(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.router.retention.PORTION_PAUSE", 0.0)
+    told = Told()
+    many = PORTION + 50
+    for account in (ROMEO, NURSE):
+        told.write(
+            stores.store, *(message(account, n, at=n * DAY_MS // many, pending=False) for n in range(2 * many))
+        )
+    await told.of(4 * many)
+    days = {"example.org": 1, "example.net": 0}
+    retention = Retention(stores.store, list(days), days.__getitem__, lambda: 2 * DAY_MS)
+    sweeping = asyncio.create_task(retention.run(), name="retention")
+    async with asyncio.timeout(20):
+        while await archive(stores, ROMEO) != list(range(many, 2 * many)):
+            await asyncio.sleep(0.02)
+    sweeping.cancel()
+    assert len(await archive(stores, NURSE)) == 2 * many
+
+
+# --- preferences, and the end of an account ---
+
+
+async def test_an_account_has_no_preferences_until_it_sets_some(stores: Stores) -> None:
+    """XEP-0441 2.1."""
+    assert await stores.store.preferences(ROMEO) is None
+    some = Preferences("roster", ("juliet@example.org", "é@example.org/♥"), ())
+    await stores.store.set_preferences(ROMEO, some)
+    assert await stores.other.preferences(ROMEO) == some
+    await stores.other.set_preferences(ROMEO, Preferences("never", (), ("nurse@example.org",)))
+    assert await stores.store.preferences(ROMEO) == Preferences("never", (), ("nurse@example.org",))
+    assert await stores.store.preferences(JULIET) is None
+
+
+async def test_nothing_is_left_of_a_removed_account_and_positions_go_on(stores: Stores) -> None:
+    told = Told()
+    for n in range(3):
+        await stores.store.keep(message(ROMEO, n))
+    await stores.store.keep(message(JULIET, 1))
+    (*_, last) = await stores.store.pending(ROMEO, "s", 10)
+    await stores.store.set_preferences(ROMEO, Preferences("always", (), ()))
+    told.write(stores.store, message(ROMEO, 7), message(JULIET, 7))
+    await stores.store.delete_all(ROMEO)
+    await told.of(2)
+    assert told.errors == {}
+    assert await archive(stores) == []
+    assert await stores.store.pending_count(ROMEO) == 0
+    assert await stores.store.preferences(ROMEO) is None
+    assert await archive(stores, JULIET) == [1, 7]
+    await stores.store.keep(message(ROMEO, 8))
+    (kept,) = await stores.store.pending(ROMEO, "s", 10)
+    assert kept.position > last.position
+    assert kept.id == message_id(KEY, str(ROMEO), "session", 8)

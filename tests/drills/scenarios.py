@@ -1,0 +1,221 @@
+"""What was seen to go wrong at other servers, as named cases. The checker judges most of them; the rest complains."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.drills.client import Client
+from tests.drills.drill import Drill
+from tests.drills.history import Received, Saw, Sent
+from tests.drills.population import SHORT
+
+# Seconds that a message between two nodes may take while a third one hangs.
+HELD_UP = 10.0
+# Seconds behind its time within which contacts see that somebody is gone.
+SEEN_WITHIN = 14.0
+
+
+def _at(drill: Drill, node: int) -> list[Client]:
+    """The clients whose connections end at a node."""
+    return [client for client in drill.population.working() if client.at % 3 == node]
+
+
+async def _start_again(drill: Drill, node: int) -> None:
+    await drill.pause(0.3, 1.5)
+    drill.cluster.start_again(node)
+    await drill.pause(2.0, 2.5)
+
+
+async def clients_vanish_before_the_kill(drill: Drill) -> None:
+    """Their sessions wait for them, and what comes for them meanwhile waits in the node that dies."""
+    node = drill.node()
+    vanished = _at(drill, node)[:6]
+    for number, client in enumerate(vanished):
+        client.vanish(silently=bool(number % 2))
+    await drill.pause(2.0, 4.0)
+    async with drill.broken("vanish, then kill", lambda: drill.cluster.kill(node)):
+        await _start_again(drill, node)
+    for client in vanished:
+        client.call_back()
+
+
+async def a_stream_is_cut_inside_a_body(drill: Drill) -> None:
+    """And is then resumed: a session that goes deaf, because the old parser is fed on, loses all that follows."""
+    chosen = drill.population.working()[::2]
+
+    def strike() -> None:
+        for number, client in enumerate(chosen):
+            # Both are inside the body of a message: it begins behind some 90 bytes, and is longer than these.
+            if number % 2:
+                client.cut_after(sent=drill.random.randrange(120, 200))
+                client.send(drill.population.singles[0].jid, size=400)
+            else:
+                client.cut_after(received=drill.random.randrange(120, 200))
+
+    async with drill.broken("cut in a body", strike):
+        for client in chosen:
+            drill.population.singles[1].send(client.jid, size=400)
+        await drill.pause(1.5, 2.0)
+    for client in chosen:
+        if client.works:
+            client.send(drill.population.singles[1].jid)
+
+
+async def messages_to_a_node_that_has_just_died(drill: Drill) -> None:
+    """Before the others know, its sessions look alive."""
+    node = drill.node()
+    dead = _at(drill, node)
+    async with drill.broken("to the dead", lambda: drill.cluster.kill(node)):
+        for _ in range(10):
+            for client in drill.population.working():
+                if client.at % 3 != node and dead:
+                    client.send(drill.random.choice(dead).jid)
+            await asyncio.sleep(0.05)
+        await _start_again(drill, node)
+
+
+async def a_session_moves_with_its_backlog(drill: Drill) -> None:
+    """Clients that do not read have a backlog; the node leaves and joins, and their sessions go from router to router."""
+    node = drill.node()
+    slow = [client for client in drill.population.working() if client.at % 3 != node][:5]
+    for client in slow:
+        client.read(False)
+    async with drill.broken("backlog moves", lambda: drill.cluster.drain(node)):
+        await drill.until(lambda: drill.cluster.left(node), 20.0)
+        drill.cluster.start_again(node)
+        await drill.pause(1.5, 2.0)
+        for client in slow:
+            client.read(True)
+        await drill.cluster.serve()
+        await drill.pause(1.0, 1.5)
+
+
+async def the_first_of_two_devices_is_cut(drill: Drill) -> None:
+    """The second one has had what was sent to both."""
+    firsts = [first for first, _ in drill.population.pairs]
+
+    def strike() -> None:
+        for client in firsts:
+            client.vanish()
+
+    writers = drill.population.singles
+    async with drill.broken("second device", strike):
+        for _ in range(20):
+            for first in firsts:
+                drill.random.choice(writers).send(first.account)
+            await asyncio.sleep(0.05)
+        await drill.pause(0.5, 1.0)
+    for client in firsts:
+        client.call_back()
+
+
+async def a_log_in_while_messages_come(drill: Drill) -> None:
+    """Stored messages wait for those who were away, and live ones come at the moment of their log-in."""
+    chosen = [client for client in drill.population.singles if client.works][:4]
+    writers = [client for client in drill.population.working() if client not in chosen][:6]
+
+    async def fire(times: int) -> None:
+        for _ in range(times):
+            for client in writers:
+                client.send(drill.random.choice(chosen).account)
+            await asyncio.sleep(0.02)
+
+    for client in chosen:
+        await client.close()
+    await fire(25)
+
+    def strike() -> None:
+        for client in chosen:
+            client.call_back()
+            client.start()
+
+    async with drill.broken("log-in under fire", strike):
+        await fire(75)
+
+
+async def stored_just_before_the_kill(drill: Drill) -> None:
+    """What was stored in the last 5 s before the kill is still stored."""
+    node = drill.node()
+    for _ in range(100):
+        client = drill.random.choice(drill.population.working() or [drill.population.singles[0]])
+        client.send(drill.random.choice(drill.population.offline))
+        await asyncio.sleep(0.04)
+    async with drill.broken("stored, then kill", lambda: drill.cluster.kill(node)):
+        await _start_again(drill, node)
+
+
+async def one_hung_node_between_two_others(drill: Drill) -> None:
+    """It does not hold up what the others have to do with each other."""
+    node = drill.node()
+    others = [client for client in drill.population.working() if client.at % 3 != node]
+    seconds = drill.minute(11.0)
+    async with drill.broken("hung between", lambda: drill.cluster.hang(node)):
+        began = drill.history.now()
+        while drill.history.now() < began + seconds:
+            one, other = drill.random.sample(others, 2)
+            one.send(other.jid)
+            await asyncio.sleep(0.04)
+        drill.cluster.wake()
+        await drill.pause(1.0, 1.5)
+    still = {client.jid for client in others if not any(at > began for at, _ in client.pauses)}
+    if waited := _slowest(drill, still, began):
+        drill.complaints.append(f"held up for {waited:.1f} s while node {node + 1} hung, between {sorted(still)}")
+
+
+def _slowest(drill: Drill, jids: set[str], since: float) -> float:
+    """The longest way of a message between clients that had their streams all the time, if it is over the limit."""
+    sent: dict[str, float] = {}
+    slowest = 0.0
+    for event in drill.history:
+        if isinstance(event, Sent) and event.at > since and event.to in jids:
+            if event.session.partition("#")[0] in jids:
+                sent[event.key] = event.at
+        elif isinstance(event, Received) and event.key in sent:
+            slowest = max(slowest, event.at - sent.pop(event.key))
+    return slowest if slowest > HELD_UP else 0.0
+
+
+async def contacts_of_those_who_died_with_their_node(drill: Drill) -> None:
+    """They see unavailable, once."""
+    mortals = [client for client in drill.population.mortals if client.works]
+    if not mortals:
+        return
+    node = mortals[0].at % 3
+    gone = [client for client in mortals if client.at % 3 == node]
+
+    def strike() -> None:
+        for client in gone:
+            client.vanish()
+        drill.cluster.kill(node)
+
+    async with drill.broken("killed for good", strike):
+        struck = drill.history.now()
+        await _start_again(drill, node)
+    await drill.until(lambda: _all_see(drill, gone, struck), SHORT + SEEN_WITHIN)
+    for client in gone:
+        client.call_back()
+
+
+def _all_see(drill: Drill, gone: list[Client], since: float) -> bool:
+    """Whether each watcher who saw one of them come has seen it go."""
+    watching = {watcher.session for watcher in drill.population.watchers if watcher.session}
+    jids = {client.jid for client in gone}
+    last: dict[tuple[str, str], bool] = {}
+    for event in drill.history:
+        if isinstance(event, Saw) and event.session in watching and event.of in jids:
+            last[event.session, event.of] = event.available
+    return not any(last.values()) and drill.history.now() > since + SHORT
+
+
+async def the_hung_owner_wakes_after_a_take_over(drill: Drill) -> None:
+    """SIGSTOP the owner, resume elsewhere, SIGCONT: who wakes says nothing, and takes nothing any more."""
+    node = drill.node()
+    held = _at(drill, node)
+    async with drill.broken("owner wakes", lambda: drill.cluster.hang(node)):
+        for client in held:
+            client.at = (node + 1) % 3
+            client.drop()
+        # Three seconds: a take-over (2 s), but no lease.
+        await drill.pause(3.0, 4.5)
+        drill.cluster.wake()
+        await drill.pause(1.0, 2.0)

@@ -1,0 +1,193 @@
+"""XEP-0198 5: a session waits for its client, and goes on with another stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.router.negotiation import Negotiation
+from services.router.sessions import Session
+from tests.unit.router.memory_router import message, until
+from tests.unit.router.test_connector_link import Attached
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import AttachRequest, StreamEvent
+from tidings.kit.link import Lane
+from tidings.kit.module import MESSAGE, NONZA
+from tidings.xmpp import ns
+from tidings.xmpp.stream_management import ACK, ENABLE, RESUME
+
+
+@pytest.fixture
+async def attached() -> AsyncIterator[Attached]:
+    made = Attached()
+    yield made
+    await made.router.stop()
+
+
+def nonza(attached: Attached, session: Session, name: str, h: str = "", attributes: str = "") -> None:
+    raw = f"<{name.partition('}')[2]} xmlns='{ns.SM}' {attributes}/>".encode()
+    envelope = Envelope(origin=session.id, kind=NONZA, type=name, id=h, stanza=raw)
+    attached.link.receive(AttachRequest(envelopes=[envelope]))
+
+
+async def resumable(attached: Attached, local: str) -> Session:
+    stream, session = await attached.bound(local)
+    stream.account = session.jid.bare
+    nonza(attached, session, ENABLE, attributes="resume='true'")
+    return session
+
+
+def break_off(attached: Attached, session: Session, clean: bool = False) -> None:
+    event = StreamEvent(stream=session.stream)
+    event.closed.clean = clean
+    attached.link.receive(AttachRequest(events=[event]))
+
+
+async def resume(attached: Attached, session: Session, h: int, account: str = "", number: int = 77) -> Negotiation:
+    """On a new stream of the same connector; what was written before is forgotten."""
+    stream = Negotiation(attached.link, number, Lane(attached.router.tasks.spawn))
+    stream.account = session.jid.bare if not account else type(session.jid).parse(account)
+    attached.link._streams[number] = stream
+    attached.outbox.batch.Clear()
+    event = StreamEvent(stream=number)
+    event.stanza.kind = NONZA
+    event.stanza.type = RESUME
+    event.stanza.stanza = f"<resume xmlns='{ns.SM}' previd='{session.id}' h='{h}'/>".encode()
+    attached.link.receive(AttachRequest(events=[event]))
+    await stream.lane.idle()
+    return stream
+
+
+def answer(attached: Attached) -> bytes:
+    """What the stream that resumes was told."""
+    for command in attached.outbox.batch.commands:
+        if command.WhichOneof("command") == "session_bound":
+            return command.session_bound.reply
+        if command.WhichOneof("command") == "element":
+            return command.element
+    return b""
+
+
+def sent(attached: Attached, session: Session, id_: str, to: Session) -> None:
+    envelope = message(id_, to.jid_text)
+    envelope.origin = session.id
+    attached.link.receive(AttachRequest(envelopes=[envelope]))
+
+
+def got(attached: Attached, session: Session) -> list[int]:
+    """The numbers of the stanzas that were written to a session."""
+    return [
+        envelope.delivery
+        for envelope in attached.outbox.batch.envelopes
+        if envelope.target == session.id and envelope.kind == MESSAGE
+    ]
+
+
+async def test_a_session_whose_stream_broke_waits_and_gets_what_came_meanwhile(attached: Attached) -> None:
+    juliet = await resumable(attached, "juliet")
+    _, romeo = await attached.bound("romeo")
+    sent(attached, romeo, "1", juliet)
+    sent(attached, romeo, "2", juliet)
+    break_off(attached, juliet)
+    assert juliet.presence is not None, "nobody sees that it has gone"
+    sent(attached, romeo, "3", juliet)
+    await resume(attached, juliet, 1)
+    assert answer(attached).startswith(b"<resumed ")
+    assert got(attached, juliet) == [2, 3]
+    nonza(attached, juliet, ACK, "3")
+    assert not juliet.outbound.queue
+
+
+async def test_what_is_not_acknowledged_and_comes_again_is_passed_on_once(attached: Attached) -> None:
+    romeo = await resumable(attached, "romeo")
+    juliet = await resumable(attached, "juliet")
+    attached.router.stores.messages.away = True  # type: ignore[attr-defined]
+    sent(attached, romeo, "1", juliet)
+    sent(attached, romeo, "2", juliet)
+    break_off(attached, romeo)
+    await resume(attached, romeo, 0)
+    assert b"h='0'" in answer(attached)
+    for id_ in ("1", "2", "3"):
+        sent(attached, romeo, id_, juliet)
+    assert got(attached, juliet) == [3]
+    attached.router.stores.messages.away = False  # type: ignore[attr-defined]
+    await until(lambda: romeo.inbound.h == 3)
+
+
+async def test_a_stream_that_is_still_there_gives_way(attached: Attached) -> None:
+    """5: the old stream gets <conflict/>, and nothing that comes from it counts any more."""
+    juliet = await resumable(attached, "juliet")
+    before = juliet.stream
+    stream = await resume(attached, juliet, 0)
+    assert attached.closes() == [(before, "conflict")]
+    assert (juliet.stream, stream.session) == (77, juliet)
+    event = StreamEvent(stream=before)
+    event.closed.clean = True
+    attached.link.receive(AttachRequest(events=[event]))
+    assert attached.router.sessions.get(juliet.id) is juliet
+
+
+async def test_nobody_resumes_the_session_of_another_account_or_one_that_is_not_there(attached: Attached) -> None:
+    juliet = await resumable(attached, "juliet")
+    break_off(attached, juliet)
+    stream = await resume(attached, juliet, 0, account="romeo@example.org")
+    assert b"<item-not-found" in answer(attached)
+    assert b" h=" not in answer(attached), "nor is told anything of it"
+    assert stream.session is None
+    assert juliet.link is None
+
+
+async def test_a_session_that_is_closed_properly_waits_for_nobody(attached: Attached) -> None:
+    juliet = await resumable(attached, "juliet")
+    break_off(attached, juliet, clean=True)
+    assert juliet.closed
+    assert juliet.waits is None
+
+
+async def test_a_count_that_is_too_high_ends_the_new_stream_and_leaves_the_session(attached: Attached) -> None:
+    """6."""
+    juliet = await resumable(attached, "juliet")
+    break_off(attached, juliet)
+    await resume(attached, juliet, 9)
+    assert attached.closes() == [(77, "undefined-condition")]
+    await resume(attached, juliet, 0, number=78)
+    assert answer(attached).startswith(b"<resumed ")
+
+
+async def test_when_its_time_is_over_the_session_ends_and_its_count_is_remembered(attached: Attached) -> None:
+    """5: <failed/> MAY say what was handled before."""
+    ended: list[Session] = []
+
+    async def end(session: Session) -> None:
+        attached.router.sessions.remove(session)
+        attached.resumption.ended(session)
+        ended.append(session)
+
+    attached.resumption.end = end
+    juliet = await resumable(attached, "juliet")
+    _, romeo = await attached.bound("romeo")
+    sent(attached, juliet, "1", romeo)
+    await until(lambda: juliet.inbound.h == 1)
+    juliet.resume_seconds = 0.01  # type: ignore[assignment]
+    break_off(attached, juliet)
+    await until(lambda: ended == [juliet])
+    await resume(attached, juliet, 0)
+    assert answer(attached).startswith(b"<failed xmlns='urn:xmpp:sm:3' h='1'><item-not-found")
+
+
+async def test_while_the_database_is_away_no_time_passes(attached: Attached) -> None:
+    asked = 0
+
+    async def unreachable(_session: Session) -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    attached.resumption._is_reachable = unreachable
+    juliet = await resumable(attached, "juliet")
+    juliet.resume_seconds = 0.01  # type: ignore[assignment]
+    break_off(attached, juliet)
+    await until(lambda: asked == 1)
+    await resume(attached, juliet, 0)
+    assert answer(attached).startswith(b"<resumed ")

@@ -1,0 +1,272 @@
+"""XEP-0198: Stream Management. What of a session is acknowledged, in both directions. Pure.
+
+`Inbound` counts what the client sends, `Outbound` what it gets. Both outlive a stream: they belong to the session.
+A stanza of the client is *safe* when nothing that may die can lose it any more; only then is it in `h` (4). Until
+then it is kept, so that a repetition after resumption (5) is known as such and keeps its number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from tidings.xmpp import ns
+from tidings.xmpp.errors import StanzaError, StreamError
+from tidings.xmpp.stanza import quoteattr, to_tree
+
+if TYPE_CHECKING:
+    from lxml.etree import _Element as Tree
+
+T = TypeVar("T")
+
+# 4: h goes round to zero behind 2^32 - 1.
+MODULUS = 1 << 32
+
+ENABLE = f"{{{ns.SM}}}enable"
+RESUME = f"{{{ns.SM}}}resume"
+REQUEST = f"{{{ns.SM}}}r"
+ACK = f"{{{ns.SM}}}a"
+
+FEATURE = f"<sm xmlns='{ns.SM}'/>".encode()
+REQUEST_RAW = f"<r xmlns='{ns.SM}'/>".encode()
+
+# Most sessions of most servers have nothing under way, and an empty deque is 600 bytes: they share this one.
+NOTHING: deque[Any] = deque(maxlen=0)
+
+_DIGITS = re.compile(r"[0-9]{1,10}")
+_DELAY = f"{{{ns.DELAY}}}delay"
+
+
+# --- what comes from the client ---
+
+
+class Sent(NamedTuple):
+    """A stanza of the client that is not in `h` yet."""
+
+    number: int
+    kind: int
+    id: str
+    to: str
+    raw: bytes
+
+
+class Inbound:
+    """What a session has sent.
+
+    Each stanza gets a number, 1, 2, 3 … from bind. `expect` says that something more must happen before it is safe,
+    `settle` that one of these things has; whoever takes a stanza has expected one, and settles it too.
+    """
+
+    __slots__ = ("_again", "_counted", "_open", "counts", "handled", "number")
+
+    def __init__(self) -> None:
+        # The last number given.
+        self.number = 0
+        # By number, what has to happen yet; in rising order.
+        self._open: dict[int, int] = {}
+        # Whether the client counts; and then: how many stanzas since <enable/> are in `h`, and those that follow,
+        # in the order in which they came on the present stream.
+        self.counts = False
+        self.handled = 0
+        self._counted: deque[Sent] = NOTHING
+        # What the client may repeat since it has resumed.
+        self._again: deque[Sent] = NOTHING
+
+    def enable(self) -> None:
+        """3: counting begins behind <enable/>."""
+        self.counts = True
+        self._counted = deque()
+
+    def take(self) -> int:
+        """The number of a new stanza."""
+        self.number = number = self.number + 1
+        self._open[number] = 1
+        return number
+
+    def count(self, sent: Sent) -> None:
+        """The client counts this one; called behind `take` while `counts` is true."""
+        self._counted.append(sent)
+
+    def expect(self, number: int) -> None:
+        """One thing more must happen before a stanza is safe."""
+        self._open[number] += 1
+
+    def settle(self, number: int) -> bool:
+        """One of these things has happened. Whether the stanza is safe now."""
+        left = self._open.get(number, 0) - 1
+        if left > 0:
+            self._open[number] = left
+            return False
+        if left < 0:
+            return False
+        del self._open[number]
+        self._advance()
+        return True
+
+    def _advance(self) -> None:
+        counted = self._counted
+        while counted and counted[0].number not in self._open:
+            counted.popleft()
+            self.handled += 1
+
+    @property
+    def h(self) -> int:
+        """4: what <a/> says."""
+        return self.handled % MODULUS
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something that the client has sent is not in `h`."""
+        return bool(self._counted)
+
+    @property
+    def safe_through(self) -> int:
+        """All numbers up to this one are safe."""
+        return next(iter(self._open), self.number + 1) - 1
+
+    def unsafe(self) -> list[int]:
+        return list(self._open)
+
+    # --- resumption ---
+
+    def resume(self) -> None:
+        """5: what is not in `h` now may come again, all of it or only some, in its old order."""
+        self._again = deque((*self._again, *self._counted))
+        self._counted = deque()
+
+    def repeated(self, kind: int, id_: str, to: str, raw: bytes) -> int:
+        """The number of the stanza that this one repeats, or 0. What was sent before that one comes no more."""
+        for index, sent in enumerate(self._again):
+            if (sent.kind, sent.id, sent.to) == (kind, id_, to) and is_same(sent.raw, raw):
+                for _ in range(index + 1):
+                    self._again.popleft()
+                self._counted.append(sent)
+                self._advance()
+                return sent.number
+        return 0
+
+    @property
+    def may_repeat(self) -> bool:
+        return bool(self._again)
+
+    def kept(self) -> list[Sent]:
+        """What is not in `h`, by number."""
+        return sorted({sent.number: sent for sent in (*self._again, *self._counted)}.values())
+
+
+def is_same(one: bytes, other: bytes) -> bool:
+    """Whether two stanzas have the same children. A client that sends one again may add a <delay/> (4)."""
+    return one == other or _content(to_tree(one)) == _content(to_tree(other))
+
+
+def _content(tree: Tree) -> tuple[object, ...]:
+    """What is in a stanza, to be compared; of its own attributes the caller compares what counts."""
+    return (tree.text or "", *(_whole(child) for child in tree if child.tag != _DELAY))
+
+
+def _whole(tree: Tree) -> tuple[object, ...]:
+    return tree.tag, sorted(tree.attrib.items()), tree.text or "", [_whole(child) for child in tree], tree.tail or ""
+
+
+# --- what goes to the client ---
+
+
+class TooHigh(StreamError):
+    """6: the client has acknowledged more than it was sent."""
+
+    def __init__(self, h: int, sent: int) -> None:
+        super().__init__(
+            "undefined-condition",
+            f"You acknowledged {h} stanzas, but only {sent} were sent to you so far.",
+            application=f"<handled-count-too-high xmlns='{ns.SM}' h='{h}' send-count='{sent}'/>".encode(),
+        )
+
+
+class Outbound(Generic[T]):
+    """What a session gets: each stanza has a number, 1, 2, 3 … from bind, and waits here for its acknowledgement."""
+
+    __slots__ = ("acknowledged", "asked", "base", "queue", "sent")
+
+    def __init__(self) -> None:
+        # The last number given, and the last one that the client has confirmed.
+        self.sent = 0
+        self.acknowledged = 0
+        # The number before the first one that the client counts.
+        self.base = 0
+        # The last one when the client was asked to confirm.
+        self.asked = 0
+        # What it has not confirmed, each with its number.
+        self.queue: deque[tuple[int, T]] = NOTHING
+
+    def enable(self) -> None:
+        """3: the client counts what follows. What it got before that is confirmed with the first of these."""
+        self.base = self.acknowledged = self.asked = self.sent
+
+    def keep(self, what: T) -> None:
+        """The last one that was sent waits for its confirmation."""
+        if self.queue is NOTHING:
+            self.queue = deque()
+        self.queue.append((self.sent, what))
+
+    def acknowledge(self, h: int) -> list[T]:
+        """<a/> or <resume/> said `h`: what is confirmed by that, in order. Raises TooHigh, and changes nothing."""
+        new = (h - (self.acknowledged - self.base)) % MODULUS
+        if new > self.sent - self.acknowledged:
+            if new >= MODULUS // 2:
+                return []  # less than was confirmed before: it came late
+            raise TooHigh(h, (self.sent - self.base) % MODULUS)
+        return self.confirm(self.acknowledged + new) if new else []
+
+    def confirm(self, number: int) -> list[T]:
+        """The client has all up to this number: what is confirmed by that, in order."""
+        self.acknowledged = max(self.acknowledged, number)
+        queue = self.queue
+        confirmed: list[T] = []
+        while queue and queue[0][0] <= number:
+            confirmed.append(queue.popleft()[1])
+        return confirmed
+
+
+# --- the elements ---
+
+
+def count_of(text: str) -> int:
+    """The value of an `h` attribute. Raises StanzaError."""
+    if not _DIGITS.fullmatch(text) or int(text) >= MODULUS:
+        raise StanzaError("bad-request", "`h` is an unsigned 32-bit number")
+    return int(text)
+
+
+def seconds_of(text: str) -> int | None:
+    """The value of a `max` attribute; None when there is none, or nothing to go by."""
+    return int(text) if _DIGITS.fullmatch(text) and int(text) else None
+
+
+def is_true(text: str) -> bool:
+    """The value of a boolean attribute (XML Schema)."""
+    return text.strip() in ("true", "1")
+
+
+def enabled(id_: str = "", max_: int = 0, location: str = "") -> bytes:
+    """3; with an id the stream may be resumed."""
+    attributes = f" id={quoteattr(id_)} resume='true' max='{max_}'" if id_ else ""
+    if id_ and location:
+        attributes += f" location={quoteattr(location)}"
+    return f"<enabled xmlns='{ns.SM}'{attributes}/>".encode()
+
+
+def resumed(id_: str, h: int) -> bytes:
+    """5."""
+    return f"<resumed xmlns='{ns.SM}' previd={quoteattr(id_)} h='{h}'/>".encode()
+
+
+def failed(condition: str, h: int | None = None) -> bytes:
+    """6; `h`: what was handled of a session that is over (5)."""
+    counted = f" h='{h}'" if h is not None else ""
+    return f"<failed xmlns='{ns.SM}'{counted}><{condition} xmlns='{ns.STANZA_ERRORS}'/></failed>".encode()
+
+
+def ack(h: int) -> bytes:
+    """4."""
+    return b"<a xmlns='urn:xmpp:sm:3' h='%d'/>" % h
