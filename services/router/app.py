@@ -91,10 +91,12 @@ class Router:
         self.sessions = sessions = Sessions()
         hooks = Hooks()
         self._rosters = Rosters(rosters)
-        rules = ArchiveRules(self._messages, self._rosters, lambda host: bool(options.for_host(host, "archive")))
+        rules = ArchiveRules(
+            self._messages, self._rosters, lambda host: bool(options.for_host(host, "archive")), hosts
+        )
         self._safety = safety = Safety(
             sessions, self._messages, options["message-durability"], options["pending-limit"],
-            rules.archives,
+            rules,
         )  # fmt: skip
         components = ComponentLinks(hosts, lambda name: allowed_to(options, name))
         self._links = ForwardLinks(context.node, context.channels, tasks, context.member)
@@ -140,8 +142,7 @@ class Router:
         resumption.send_on = negotiator.send_to_session
         routing.on_answer = self._acknowledgements.is_answer
         routing.deliveries.withholds = safety.waits
-        routing.deliveries.is_kept = safety.is_kept
-        routing.deliveries.id_of = safety.id_of
+        routing.deliveries.kept_as = safety.kept_as
         self._hand_over.dismiss = self._adoption.dismiss = negotiator.dismiss
         self._adoption.place = self._hand_over.place
         hooks.notes[GIVEN] = self._adoption.given

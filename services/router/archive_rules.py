@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from services.router.messages import MessageStore, Preferences
 from services.router.rosters import Rosters
@@ -13,10 +13,16 @@ from tidings.xmpp.jid import Jid
 class ArchiveRules:
     """Asked for every message, so that it must not wait: preferences are read when a session starts."""
 
-    def __init__(self, messages: MessageStore, rosters: Rosters, host_default: Callable[[str], bool]) -> None:
+    def __init__(
+        self, messages: MessageStore, rosters: Rosters, host_default: Callable[[str], bool], hosts: Iterable[str]
+    ) -> None:
+        """`host_default`: whether accounts of a host have an archive that have not said."""
         self._messages = messages
         self._rosters = rosters
         self._host_default = host_default
+        # Nobody archives anything: then nobody needs to be asked.
+        self.idle = not any(host_default(host) for host in hosts)
+        self._idle_by_default = self.idle
         # Of accounts that have set some.
         self._preferences: dict[str, Preferences] = {}
 
@@ -49,6 +55,7 @@ class ArchiveRules:
             self._preferences.pop(account.bare_text, None)
         else:
             self._preferences[account.bare_text] = preferences
+        self.idle = self._idle_by_default and not self._preferences
 
     def forget(self, account: str) -> None:
         """The account has no session here any more."""

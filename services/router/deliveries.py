@@ -43,8 +43,7 @@ class Deliveries:
         # Whether answers wait for what their asker has sent before, and which messages are confirmed one by one:
         # safety and acknowledgements say so.
         self.withholds = False
-        self.is_kept: Callable[[Envelope, Jid], bool] = lambda _envelope, _account: False
-        self.id_of: Callable[[Envelope, str], bytes] = lambda _envelope, _account: b""
+        self.kept_as: Callable[[Envelope, Jid], bytes | None] = lambda _envelope, _account: None
         self.on_sent: Callable[[Session], None] = lambda _session: None
         # Total, for metrics.
         self.delivered = 0
@@ -84,10 +83,9 @@ class Deliveries:
     def give_stored(self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]]) -> None:
         """Writes messages that were stored to a session's stream, ahead of what is held back: each with its id, and
         whether sessions were given it when it came. What this one has had already is dropped."""
+        account = session.jid.bare
         had = {
-            self.id_of(what, session.account) if isinstance(what, Envelope) else what
-            for _, what in session.outbound.queue
-            if isinstance(what, bytes) or what.kind == MESSAGE
+            self.kept_as(what, account) if isinstance(what, Envelope) else what for _, what in session.outbound.queue
         }
         for envelope, id_, given in page:
             last = session.taken.get(envelope.origin, 0)
@@ -113,8 +111,8 @@ class Deliveries:
         self.delivered += 1
         if inbound.counts:
             outbound.keep(envelope if link is not None and len(outbound.queue) < MAX_SHARED else own_copy(envelope))
-        elif envelope.kind == MESSAGE and self.is_kept(envelope, session.jid.bare):
-            outbound.keep(self.id_of(envelope, session.account))
+        elif envelope.kind == MESSAGE and (id_ := self.kept_as(envelope, session.jid.bare)) is not None:
+            outbound.keep(id_)
             if len(outbound.queue) > MAX_UNCONFIRMED:
                 outbound.queue.popleft()
         else:
@@ -191,7 +189,7 @@ class Deliveries:
         return [
             what
             for _, what in queue
-            if isinstance(what, Envelope) and what.number and not self.is_kept(what, account)
+            if isinstance(what, Envelope) and what.number and self.kept_as(what, account) is None
         ]
 
     def kept(self, session: Session) -> list[Envelope]:

@@ -22,6 +22,7 @@ from tidings.xmpp.stanza_ids import STANZA_ID
 from tidings.xmpp.stream_management import Sent
 
 if TYPE_CHECKING:
+    from services.router.archive_rules import ArchiveRules
     from services.router.sessions import Session, Sessions
     from tidings.api.common.v1.stanza_pb2 import Envelope
     from tidings.cluster.flows import Waiter
@@ -41,13 +42,12 @@ class Safety:
         messages: MessageStore,
         durability: str,
         limit: int,
-        archives: Callable[[Jid, str], bool],
+        rules: ArchiveRules,
     ) -> None:
-        """`limit`: bytes that may wait for the database before sockets are not read any more. `archives`: whether
-        what an account has with somebody goes into its archive."""
+        """`limit`: bytes that may wait for the database before sockets are not read any more."""
         self._sessions = sessions
         self._messages = messages
-        self._archives = archives
+        self._rules = rules
         self._limit = limit
         # Whether a sender waits for the database.
         self.waits = durability == "database"
@@ -56,8 +56,11 @@ class Safety:
         self.on_safe: Callable[[Session], None] = lambda _session: None
         # Sessions that are not read until the database has caught up.
         self._held: list[Session] = []
-        # The message that was written last, for whom, and its id: each is asked for again at once.
-        self._last: tuple[str, int, str, bytes] = ("", 0, "", b"")
+        # The message that was looked at last, for which account, and its id if it is kept: each is asked for again at
+        # once, when it is delivered.
+        self._last: Envelope | None = None
+        self._last_account = ""
+        self._last_id: bytes | None = None
 
     def start(self, key: bytes) -> None:
         """`key`: 32 bytes that all routers share, from which the ids of messages are made."""
@@ -83,8 +86,6 @@ class Safety:
             number = inbound.number = inbound.number + 1
         envelope.number = number
         envelope.origin = session.id
-        if self._limit and self._messages.waiting_bytes > self._limit:
-            self._hold(session)
         return True
 
     def dealt(self, session: Session, number: int) -> None:
@@ -95,30 +96,32 @@ class Safety:
 
     # --- what is written ---
 
-    def is_kept(self, envelope: Envelope, account: Jid) -> bool:
-        """Whether a message waits in the store until a session of the account has acknowledged it."""
+    def kept_as(self, envelope: Envelope, account: Jid) -> bytes | None:
+        """The id of a message that waits in the store until a session of the account has acknowledged it."""
+        if not self.waits and self._rules.idle:
+            return None
+        if envelope is self._last and account.bare_text == self._last_account:
+            return self._last_id
         if envelope.kind != MESSAGE or not envelope.number:
-            return False
+            return None
         pending, archived = wanted(envelope.type, envelope.children)
-        return pending and (self.waits or (archived and self._archives(account, envelope.from_jid)))
-
-    def id_of(self, envelope: Envelope, account: str) -> bytes:
-        """Under which id a message is stored for an account."""
-        origin, number, to, id_ = self._last
-        if number == envelope.number and to == account and origin == envelope.origin:
-            return id_
-        return message_id(self._key, account, envelope.origin, envelope.number)
+        if not pending or not (self.waits or (archived and self._rules.archives(account, envelope.from_jid))):
+            return None
+        return message_id(self._key, account.bare_text, envelope.origin, envelope.number)
 
     def sent(self, session: Session, envelope: Envelope, to: Jid) -> None:
         """A message leaves: it goes into the sender's archive. Nobody else's word on where it is archived goes with
         it (XEP-0359 3)."""
+        if self._rules.idle:
+            return
         account = session.jid.bare
-        if STANZA_ID in envelope.children:
+        children = envelope.children
+        if STANZA_ID in children:
             accounts = (account.bare_text, to.bare_text)
             envelope.stanza = stanza_ids.remove_forged(envelope.stanza, accounts)
-        if account.bare_text == to.bare_text or not self._archives(account, str(to)):
+        if account.bare_text == to.bare_text or not self._rules.archives(account, str(to)):
             return  # what somebody sends to themselves has its place there as received
-        if wanted(envelope.type, envelope.children)[1]:
+        if wanted(envelope.type, children)[1]:
             id_ = message_id(self._key, account.bare_text, envelope.origin, envelope.number)
             self._write(_message(envelope, account, id_, str(to), False, True, ""))
 
@@ -137,6 +140,8 @@ class Safety:
 
         `waiter`: who waits until it is safe, if that is not the session that has sent it.
         """
+        if not self.waits and self._rules.idle:
+            return
         message = self.message(envelope, account, holder, self.waits)
         if message is not None:
             self._write(message, waiter)
@@ -147,14 +152,17 @@ class Safety:
 
         `waits`: whether it is kept for the sake of sessions that come later, if it is not for the archive.
         """
-        if STANZA_ID in envelope.children:
+        children = envelope.children
+        if STANZA_ID in children:
             envelope.stanza = stanza_ids.remove_forged(envelope.stanza, (account.bare_text,))
-        pending, archived = wanted(envelope.type, envelope.children)
-        archived = archived and self._archives(account, envelope.from_jid)
+        pending, archived = wanted(envelope.type, children)
+        archived = archived and self._rules.archives(account, envelope.from_jid)
+        self._last, self._last_account, self._last_id = envelope, account.bare_text, None
         if not archived and not (pending and waits):
             return None
         id_ = message_id(self._key, account.bare_text, envelope.origin, envelope.number)
-        self._last = (envelope.origin, envelope.number, account.bare_text, id_)
+        if pending:
+            self._last_id = id_
         if archived:
             envelope.stanza = stanza_ids.add(envelope.stanza, account.bare_text, id_text(id_))
         return _message(envelope, account, id_, envelope.from_jid, pending, archived, holder)
@@ -169,6 +177,8 @@ class Safety:
             sender = self._sessions.get(message.origin)
             if sender is not None:
                 sender.inbound.expect(message.number)
+                if self._limit and self._messages.waiting_bytes > self._limit:
+                    self._hold(sender)
             self._messages.write(message, partial(self._written, sender=sender, number=message.number))
 
     def _written(
@@ -187,13 +197,10 @@ class Safety:
     def acknowledged(self, session: Session, what: list[Envelope | bytes]) -> None:
         """A session has what it was given."""
         account = session.jid.bare
-        ids = [
-            one if isinstance(one, bytes) else self.id_of(one, session.account)
-            for one in what
-            if isinstance(one, bytes) or self.is_kept(one, account)
-        ]
-        if ids:
-            self._messages.delivered(account, ids)
+        ids = [one if isinstance(one, bytes) else self.kept_as(one, account) for one in what]
+        kept = [id_ for id_ in ids if id_ is not None]
+        if kept:
+            self._messages.delivered(account, kept)
 
     # --- back-pressure ---
 

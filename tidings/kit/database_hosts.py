@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -66,6 +67,8 @@ class Hosts:
         self._moved = moved
         # None: it is to be chosen.
         self.present: Place | None = url.hosts[0] if len(url.hosts) == 1 else None
+        # Which one was left, until another one is used.
+        self._left: Place | None = None
         self._choosing = asyncio.Lock()
         # When nobody was found to serve, by the loop's clock, and why.
         self._nobody: tuple[float, Exception] | None = None
@@ -86,6 +89,7 @@ class Hosts:
             fresh = not record.info.get("used")
             record.info["used"] = True
             if not fresh and not self._usable(connection.driver_connection):
+                connection.driver_connection.close()
                 raise DisconnectionError("its server is gone, or another one is used now")
 
         @event.listens_for(pool, "before_cursor_execute", retval=True)
@@ -118,6 +122,8 @@ class Hosts:
             try:
                 return await self._open(place, timeout, **parameters)
             except aiomysql.Error as failed:
+                if _number(failed) not in _LEFT:
+                    raise
                 self._leave(place)
                 error = failed
         assert error is not None
@@ -141,14 +147,19 @@ class Hosts:
     # --- which one ---
 
     def _leave(self, place: Place) -> None:
-        """Has the next who connects choose anew."""
+        """Has another one chosen: by the next who connects, or by `watch`, for all connections may be in use."""
         if self.present == place and len(self._url.hosts) > 1:
             log.warning("database_host_left", host=_text(place))
-            self.present = None
+            self.present, self._left = None, place
 
     def _use(self, place: Place) -> None:
-        self.present = place
+        """From now on all use this one; who still waits for the one that was left is told that it is gone."""
         log.info("database_host", host=_text(place))
+        left, self.present, self._left = self._left, place, None
+        if left not in (None, place):
+            for connection, server in list(self._servers.items()):
+                if server.place == left and not connection.closed:
+                    connection._writer.transport.abort()
         self._moved()
 
     async def _choose(self) -> Place:
@@ -159,15 +170,19 @@ class Hosts:
             if self.present is not None:
                 return self.present  # somebody else has chosen
             if self._nobody is None or self._nobody[0] < asked:
-                looks = [self._look(place, CHOOSE_TIMEOUT) for place in self._url.hosts]
-                found = await asyncio.gather(*looks, return_exceptions=True)
-                for place, server in zip(self._url.hosts, found, strict=True):
-                    if isinstance(server, Server):
+                errors: list[Exception] = []
+                # The one that was left comes last: it would be waited for again.
+                for place in sorted(self._url.hosts, key=lambda place: place == self._left):
+                    try:
+                        await self._look(place, CHOOSE_TIMEOUT)
+                    except aiomysql.Error as error:
+                        errors.append(error)
+                    else:
                         self._use(place)
                         return place
-                self._nobody = clock(), next(error for error in found if isinstance(error, Exception))
-            error = self._nobody[1]
-            raise type(error)(*error.args)
+                self._nobody = clock(), errors[0]
+            why = self._nobody[1]
+            raise type(why)(*why.args)
 
     async def _look(self, place: Place, timeout: float, causal: bool = False) -> Server:
         """Whether a host serves, by a connection of its own. Raises the driver's errors."""
@@ -189,33 +204,23 @@ class Hosts:
     async def watch(self) -> None:
         """Looks, again and again, whether the host in use answers, and whether an earlier one serves again. Only for
         several hosts."""
-        loop = asyncio.get_running_loop()
-        looked = loop.time()
+        clock = asyncio.get_running_loop().time
+        looked = clock()
         while True:
             await asyncio.sleep(LOOK)
-            if (place := self.present) is None:
-                continue  # whoever needs the database chooses
-            try:
-                await self._look(place, ANSWER_TIMEOUT)
-            except aiomysql.Error as error:
-                if _number(error) in _LEFT and self.present == place:
-                    await self._move_from(place)
-            else:
-                if loop.time() >= looked + RETURN_LOOK:
-                    looked = loop.time()
-                    await self._return_from(place)
-
-    async def _move_from(self, place: Place) -> None:
-        """Goes to another host, if one serves; who still waits for this one is told that it is gone."""
-        self._leave(place)
-        try:
-            await self._choose()
-        except aiomysql.Error:
-            return
-        if self.present != place:
-            for connection, server in list(self._servers.items()):
-                if server.place == place and not connection.closed:
-                    connection._writer.transport.abort()
+            if (place := self.present) is not None:
+                try:
+                    await self._look(place, ANSWER_TIMEOUT)
+                except aiomysql.Error as error:
+                    if _number(error) in _LEFT:
+                        self._leave(place)
+                else:
+                    if clock() >= looked + RETURN_LOOK:
+                        looked = clock()
+                        await self._return_from(place)
+            if self.present is None:
+                with suppress(aiomysql.Error):
+                    await self._choose()
 
     async def _return_from(self, place: Place) -> None:
         """Goes back to the first of the earlier hosts that is in step. What is under way here goes on."""

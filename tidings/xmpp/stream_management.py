@@ -89,8 +89,9 @@ class Inbound:
         self._counted.append(sent)
 
     def expect(self, number: int) -> None:
-        """One thing more must happen before a stanza is safe."""
-        self._open[number] += 1
+        """One thing more must happen before a stanza is safe; what is safe already stays it."""
+        if number in self._open:
+            self._open[number] += 1
 
     def settle(self, number: int) -> bool:
         """One of these things has happened. Whether the stanza is safe now."""

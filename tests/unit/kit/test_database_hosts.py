@@ -121,6 +121,39 @@ async def test_who_connects_to_a_host_that_hangs_gets_to_the_next_one(
                 mariadb.go_on()
 
 
+async def test_who_gives_up_soon_does_not_keep_a_process_at_a_host_that_hangs(
+    url: DatabaseUrl, mariadb: MariaDB, second: MariaDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All connections are in use or being made, and whoever makes one is cut off before it is clear that none comes."""
+    monkeypatch.setattr(database_hosts, "ANSWER_TIMEOUT", 60.0)
+    database = Database(url, connections=2)
+    await database.start()
+    held = asyncio.Event()
+
+    async def hold() -> None:
+        async with database.write() as connection:
+            held.set()
+            await connection.execute(sa.text("select sleep(30)"))
+
+    holding = asyncio.create_task(hold())
+    await held.wait()
+    mariadb.hang()
+    try:
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    async with asyncio.timeout(0.6):
+                        assert await port(database) == second.port
+                        break
+                except (TimeoutError, DatabaseAway):
+                    pass
+            with pytest.raises(DatabaseAway):
+                await holding
+    finally:
+        mariadb.go_on()
+        await database.stop()
+
+
 async def test_a_transaction_that_waits_for_a_lock_does_not_move_its_process(
     url: DatabaseUrl, mariadb: MariaDB
 ) -> None:

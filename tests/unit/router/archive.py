@@ -31,7 +31,7 @@ class ArchiveRouter(MemoryRouter):
         super().__init__()
         self.archive = MemoryMessageStore(self.stores.table)
         components = ComponentLinks(frozenset(), lambda _name: ())
-        rules = ArchiveRules(self.archive, self.rosters, lambda _host: True)
+        rules = ArchiveRules(self.archive, self.rosters, lambda _host: True, [HOST])
         ports: dict[Any, Any] = {MessageStore: self.archive, ArchiveRules: rules}
         negotiator: Any = None
         self.for_modules = module_loader.RouterForModules(

@@ -149,8 +149,8 @@ class MemoryRouter:
         components = ComponentLinks(hosts, lambda _name: ())
         links: Any = self.links
         self.rosters = Rosters(self.stores.rosters)
-        self.rules = ArchiveRules(self.stores.messages, self.rosters, lambda _host: archives)
-        self.safety = Safety(self.sessions, self.stores.messages, durability, 0, self.rules.archives)
+        self.rules = ArchiveRules(self.stores.messages, self.rosters, lambda _host: archives, [HOST])
+        self.safety = Safety(self.sessions, self.stores.messages, durability, 0, self.rules)
         self.safety.start(b"k" * 32)
         self.routing = Routing(
             hosts, self.sessions, self.hooks, self.stores.accounts, components, self.stores.table, self.safety, links,
@@ -161,8 +161,7 @@ class MemoryRouter:
         )
         self.routing.on_answer = self.acknowledgements.is_answer
         self.routing.deliveries.withholds = self.safety.waits
-        self.routing.deliveries.is_kept = self.safety.is_kept
-        self.routing.deliveries.id_of = self.safety.id_of
+        self.routing.deliveries.kept_as = self.safety.kept_as
         made = strategy(own, StrategyContext(self.routing, self.sessions))
         self.forwarder = Forwarder(made, self.routing)
         self.routing.start(made, self.forwarder)

@@ -8,12 +8,14 @@ import pytest
 
 from services.router import component_links, delivery, routing, sessions
 from services.router.app import StrategyContext
+from services.router.archive_rules import ArchiveRules
 from services.router.messages import Done, Message
 from services.router.messages_memory import MemoryMessageStore
+from services.router.rosters import Rosters
 from services.router.routing import Routing
 from services.router.safety import Safety
 from services.router.sessions import Session, Sessions
-from services.router.store_memory import MemoryAccountStore, MemorySessionTable
+from services.router.store_memory import MemoryAccountStore, MemoryRosterStore, MemorySessionTable
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Forwarder
 from tidings.cluster.strategies.home import Home
@@ -68,7 +70,8 @@ def test_a_chat_message_passes_without_a_tree(monkeypatch: pytest.MonkeyPatch) -
     links: Any = None  # there is no other router
     table = MemorySessionTable()
     messages = Messages(table)
-    safety = Safety(known, messages, "database", 0, lambda _account, _peer: True)
+    rules = ArchiveRules(messages, Rosters(MemoryRosterStore()), lambda _host: True, hosts)
+    safety = Safety(known, messages, "database", 0, rules)
     safety.start(b"k" * 32)
     routes = Routing(
         hosts,

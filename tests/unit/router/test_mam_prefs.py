@@ -146,7 +146,7 @@ def test_preferences_decide_what_is_archived(
 ) -> None:
     contacts: Any = Contacts()
     store: Any = None
-    rules = ArchiveRules(store, contacts, lambda _host: host_default)
+    rules = ArchiveRules(store, contacts, lambda _host: host_default, [JULIET.domain])
     rules.put(JULIET, preferences)
     assert rules.archives(JULIET, peer) is wanted
     assert all("/" not in asked for asked in contacts.asked)
