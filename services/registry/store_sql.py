@@ -49,7 +49,7 @@ class SqlNodeStore:
             return version
 
         try:
-            return await self._database.transaction(work)
+            return await self._database.transaction(work, causal=True)
         except IntegrityError:
             return None
 
@@ -87,7 +87,7 @@ class SqlNodeStore:
                 await _changed_id(connection, kind, hostname, incarnation)
             return True
 
-        return await self._database.transaction(work)
+        return await self._database.transaction(work, causal=True)
 
     async def leave(self, hostname: str, incarnation: str) -> None:
         await self._remove(hostname, incarnation)
@@ -101,7 +101,7 @@ class SqlNodeStore:
             if removed.rowcount:
                 await _changed_id(connection, ChangeKind.LEFT, hostname, incarnation)
 
-        await self._database.transaction(work)
+        await self._database.transaction(work, causal=True)
 
     async def mark(self, hostname: str, incarnation: str, beat: int, state: NodeState) -> bool:
         present = cluster_nodes.c.state
@@ -118,10 +118,10 @@ class SqlNodeStore:
             await _changed_id(connection, ChangeKind(state.value), hostname, incarnation)
             return True
 
-        return await self._database.transaction(work)
+        return await self._database.transaction(work, causal=True)
 
     async def nodes(self) -> tuple[int, list[Node]]:
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             version = (await connection.execute(sa.select(cluster_version.c.version))).scalar_one()
             while True:
                 rows = await connection.execute(sa.select(cluster_nodes).order_by(cluster_nodes.c.hostname))
@@ -132,7 +132,7 @@ class SqlNodeStore:
                 version = now
 
     async def changes(self, since: int) -> list[Change] | None:
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             first, last = (
                 await connection.execute(
                     sa.select(sa.func.min(cluster_changes.c.version), sa.func.max(cluster_changes.c.version))

@@ -64,7 +64,7 @@ class SqlArchive:
         self._swept: dict[str, str] = {}
 
     async def page(self, account: Jid, query: ArchiveQuery) -> Page:
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             low, high = await _between(connection, account, query)
             where = [*of(messages, account), messages.c.archived.is_(True)]
             if low is not None:
@@ -143,7 +143,7 @@ class SqlArchive:
         return await self._database.transaction(work)
 
     async def preferences(self, account: Jid) -> Preferences | None:
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             wanted = sa.select(archive_preferences).where(*of(archive_preferences, account))
             row = (await connection.execute(wanted)).first()
         if row is None:

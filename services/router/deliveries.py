@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -23,6 +24,8 @@ MAX_HELD = 10_000
 # stops a crowd of senders from filling memory.
 MAX_TAKEN = 2000
 
+# Seconds for which a new session's messages wait for its first presence.
+FIRST_PRESENCE = 1.0
 # Stanzas behind which a client is asked at once what it has.
 ASK_AFTER = 10
 # Unconfirmed stanzas that may share the memory of the batch that they came in.
@@ -53,13 +56,15 @@ class Deliveries:
         if session.early is not None:
             _keep(session, session.early, envelope)
             return
-        if session.held is not None:
+        if session.held is not None and (session.holds or envelope.kind == MESSAGE):
             # Whether it is new is seen when its turn comes: what is stored goes first, and has lower numbers.
             _keep(session, session.held, envelope)
             return
         if not self._is_new(session, envelope):
             return
-        if envelope.kind == IQ and envelope.type not in REQUESTS and is_tracked(envelope.from_jid, session):
+        if envelope.kind == MESSAGE:
+            session.fresh = False
+        elif envelope.kind == IQ and envelope.type not in REQUESTS and is_tracked(envelope.from_jid, session):
             if not self.deadlines.answered(session, envelope):
                 return  # nobody asked, or was told already that there is no answer
         self.deliver(session, envelope)
@@ -89,7 +94,8 @@ class Deliveries:
         }
         for envelope, id_, given in page:
             last = session.taken.get(envelope.origin, 0)
-            if id_ in had or (given and envelope.number <= last):
+            # Its sender may have sent something else since: a higher number alone says nothing to a fresh session.
+            if id_ in had or (given and not session.fresh and envelope.number <= last):
                 continue
             if envelope.number > last:
                 self._is_new(session, envelope)
@@ -97,12 +103,15 @@ class Deliveries:
 
     def deliver(self, session: Session, envelope: Envelope) -> None:
         """Writes a stanza to a session's stream now, or, while it has none, as soon as it is resumed."""
+        if not session.inbound.counts and self.withholds and self._is_withheld(session, envelope):
+            return
+        self._write(session, envelope)
+
+    def _write(self, session: Session, envelope: Envelope) -> None:
         if session.frozen is not None:
             _keep(session, session.frozen, envelope)
             return
         inbound = session.inbound
-        if not inbound.counts and self.withholds and self._is_withheld(session, envelope):
-            return
         link = session.link
         if link is None and not session.resume_seconds:
             return  # it has ended
@@ -147,15 +156,15 @@ class Deliveries:
 
     def let_go(self, session: Session) -> None:
         """More of what a session has sent is safe."""
-        withheld, session.withheld = session.withheld, None
+        withheld = session.withheld or {}
         safe = session.inbound.safe_through
-        for sender, queue in (withheld or {}).items():
+        for sender, queue in list(withheld.items()):
             while queue and queue[0][0] <= safe:
-                self.deliver(session, queue.popleft()[1])
-            if queue:
-                if session.withheld is None:
-                    session.withheld = {}
-                session.withheld[sender] = queue
+                self._write(session, queue.popleft()[1])
+            if not queue:
+                del withheld[sender]
+        if not withheld:
+            session.withheld = None
 
     def confirmed(self, session: Session) -> None:
         """The client has confirmed something: there may be room for more."""
@@ -169,15 +178,31 @@ class Deliveries:
             and not session.closed
         )
 
+    def settle(self, session: Session) -> None:
+        """Keeps messages back from a session that was only just bound: with its first presence it gets what was
+        stored before. A client that sends none gets them after a moment."""
+        session.held = deque()
+        session.settling = asyncio.get_running_loop().call_later(FIRST_PRESENCE, self._settled, session)
+
+    def _settled(self, session: Session) -> None:
+        session.settling = None
+        if not session.holds:
+            self._let_through(session)
+
     def hold(self, session: Session) -> None:
         session.holds += 1
+        if session.settling is not None:
+            session.settling.cancel()
+            session.settling = None
         if session.held is None:
             session.held = deque()
 
     def release(self, session: Session) -> None:
         session.holds -= 1
-        if session.holds:
-            return
+        if not session.holds:
+            self._let_through(session)
+
+    def _let_through(self, session: Session) -> None:
         held, session.held = session.held, None
         for envelope in held or ():
             self.to_session(session, envelope)
@@ -196,6 +221,9 @@ class Deliveries:
         """What waits for a session that ends or goes to another router, in order; it waits here no longer."""
         frozen, session.frozen = session.frozen, None
         held, session.held = session.held, None
+        if session.settling is not None:
+            session.settling.cancel()
+            session.settling = None
         return [*(frozen or ()), *(held or ())]
 
 

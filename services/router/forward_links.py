@@ -36,6 +36,9 @@ log = get_logger("cluster")
 WELCOME_TIMEOUT = 5.0
 RETRY = 0.2
 
+# Seconds after which messages that are safe are told of though others of their batch are not.
+EARLY = 0.05
+
 NOTES = (Mode.NOTE, Mode.STRATEGY)
 
 
@@ -56,8 +59,8 @@ class OutgoingLink:
         self._unnumbered: deque[Sent] = deque()
         self._batches: dict[int, list[Sent | None]] = {}
         self._later: dict[tuple[int, int], Sent] = {}
-        # By batch, what was taken and is not known to be safe.
-        self._unsafe: dict[int, list[Sent]] = {}
+        # By batch and place in it, what was taken and is not known to be safe.
+        self._unsafe: dict[int, dict[int, Sent]] = {}
         # Keeps it up.
         self.task: asyncio.Task[Any] | None = None
 
@@ -108,6 +111,8 @@ class OutgoingLink:
         if response.sequence and not self.outbox.take(response.sequence):
             return
         for answer in response.answers:
+            if answer.safe:
+                continue
             key = (answer.sequence, answer.index)
             batch = self._batches.get(answer.sequence)
             sent = self._later.pop(key, None)
@@ -122,20 +127,23 @@ class OutgoingLink:
                 self._forwarder.refused(sent, answer.view_version)
                 _settle(sent)
             else:
-                self._taken(answer.sequence, sent, answer.content)
+                self._taken(key, sent, answer.content)
         for sequence in [number for number in self._batches if number <= response.safe_through]:
-            for taken in self._batches.pop(sequence):
+            for index, taken in enumerate(self._batches.pop(sequence)):
                 if taken is not None:
-                    self._taken(sequence, taken, b"")
+                    self._taken((sequence, index), taken, b"")
+        for answer in response.answers:
+            if answer.safe and (sent := self._unsafe.get(answer.sequence, {}).pop(answer.index, None)) is not None:
+                _settle(sent)
         for sequence in response.safe:
-            for sent in self._unsafe.pop(sequence, ()):
+            for sent in self._unsafe.pop(sequence, {}).values():
                 _settle(sent)
         if response.answers:
             self.outbox.confirm_soon()
 
-    def _taken(self, sequence: int, sent: Sent, content: bytes) -> None:
+    def _taken(self, place: tuple[int, int], sent: Sent, content: bytes) -> None:
         if sent.waiter is not None:
-            self._unsafe.setdefault(sequence, []).append(sent)
+            self._unsafe.setdefault(place[0], {})[place[1]] = sent
         self._forwarder.taken(sent, content)
 
     def lost(self) -> None:
@@ -149,7 +157,7 @@ class OutgoingLink:
         self._later.clear()
         self._unnumbered.clear()
         self._postponed.clear()
-        unsafe = [sent for batch in self._unsafe.values() for sent in batch]
+        unsafe = [sent for batch in self._unsafe.values() for sent in batch.values()]
         self._unsafe.clear()
         self._forwarder.again(unsafe)
         for sent in unsafe:
@@ -165,14 +173,49 @@ def _settle(sent: Sent) -> None:
 
 
 class _Batch:
-    """A batch of another router with messages that somebody waits for; a waiter (`tidings.cluster.flows.Waiter`)."""
+    """A batch of another router with messages that somebody there waits for."""
 
-    __slots__ = ("_left", "_link", "_sequence")
+    __slots__ = ("_early", "_left", "_link", "_sequence")
 
     def __init__(self, link: IncomingLink, sequence: int) -> None:
         self._link = link
         self._sequence = sequence
-        # It is being taken itself.
+        # Messages that are not safe; and the batch itself, while it is being taken.
+        self._left = 1
+        # Those that are safe before others.
+        self._early: list[int] = []
+
+    def message(self, index: int) -> _Message:
+        self._left += 1
+        return _Message(self, index)
+
+    def settle(self, index: int = -1) -> None:
+        self._left -= 1
+        if not self._left:
+            self._link.outbox.begin_item().safe.append(self._sequence)
+        elif index >= 0:
+            if not self._early:
+                # Mostly all of them are written together.
+                asyncio.get_running_loop().call_later(EARLY, self._tell)
+            self._early.append(index)
+
+    def _tell(self) -> None:
+        early, self._early = self._early, []
+        if self._left:
+            batch = self._link.outbox.begin_item()
+            for index in early:
+                batch.answers.add(sequence=self._sequence, index=index, safe=True)
+
+
+class _Message:
+    """One of its messages: a waiter (`tidings.cluster.flows.Waiter`)."""
+
+    __slots__ = ("_batch", "_index", "_left")
+
+    def __init__(self, batch: _Batch, index: int) -> None:
+        self._batch = batch
+        self._index = index
+        # It is being dealt with.
         self._left = 1
 
     def expect(self) -> None:
@@ -181,7 +224,7 @@ class _Batch:
     def settle(self) -> None:
         self._left -= 1
         if not self._left:
-            self._link.safe(self._sequence)
+            self._batch.settle(self._index)
 
 
 class IncomingLink:
@@ -214,10 +257,6 @@ class IncomingLink:
             batch.settle()
         outbox.confirm_soon()
 
-    def safe(self, sequence: int) -> None:
-        """All that somebody waits for in a batch is safe here."""
-        self.outbox.begin_item().safe.append(sequence)
-
     def _take(self, sequence: int, index: int, envelope: Envelope, batch: _Batch) -> None:
         account, _, resource = envelope.to_jid.partition("/")
         mode = Mode(envelope.forwarding)
@@ -227,8 +266,7 @@ class IncomingLink:
             mode, source=self.incarnation, answer=partial(self._answered, sequence, index, envelope.prompt),
         )  # fmt: skip
         if envelope.kind == MESSAGE and envelope.number and mode not in NOTES:
-            batch.expect()
-            item.waiter = batch
+            item.waiter = batch.message(index)
         self._forwarder.incoming(item, envelope.view_version, envelope.refusals_seen)
         if item.answer is not None:
             self.outbox.begin_item().answers.add(sequence=sequence, index=index, later=True)

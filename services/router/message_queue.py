@@ -19,7 +19,7 @@ from tidings.xmpp.jid import Jid
 log = get_logger("database")
 
 # What counts for a message besides its stanza, and for a mark: about what they take in memory.
-MESSAGE_BYTES = 200
+MESSAGE_BYTES = 1200
 MARK_BYTES = 50
 
 

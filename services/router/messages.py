@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from tidings.xmpp import ns
@@ -24,6 +25,9 @@ CLAIMED = "~"
 
 # Seconds between two looks at what waits to be committed.
 LOOK = 0.01
+
+# Ids whose text is kept: those of messages that are being written now.
+CACHED = 16_384
 
 # What the store calls when a message is safe: None, or why it never will be.
 Done = Callable[[Exception | None], None]
@@ -199,6 +203,7 @@ _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
+@lru_cache(maxsize=CACHED)
 def id_text(id: bytes) -> str:
     """The id as clients and the database see it: 22 characters, URL-safe base64 without padding."""
     return binascii.b2a_base64(id, newline=False)[:22].translate(_URL_SAFE).decode()

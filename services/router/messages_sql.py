@@ -156,7 +156,8 @@ class SqlMessageStore(SqlArchive):
                 await statements.mark(connection, marks)
 
         try:
-            await self._database.transaction(work)
+            # A mark must not miss a message that another server of Galera has committed.
+            await self._database.transaction(work, causal=bool(marks))
         except BAD_DATA as error:
             if len(group) == 1:
                 log.error("message_refused", account=str(group[0].account), reason=_reason(error))
@@ -284,7 +285,7 @@ class SqlMessageStore(SqlArchive):
 
         async with self._turn:
             self._queue.forget(account)
-            await self._database.transaction(work)
+            await self._database.transaction(work, causal=True)
 
 
 def _driver_error(error: Exception) -> Exception:

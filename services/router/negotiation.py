@@ -310,6 +310,7 @@ class Negotiator:
             await self.displace(stale)
         self._binding.bound(session)
         self._sessions.add(session)
+        self.routing.deliveries.settle(session)
         self.routing.strategy.session_opened(session.account, jid.resource)
         stream.session = session
         # With the message goes the whole batch that it came in.

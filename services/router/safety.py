@@ -50,7 +50,8 @@ class Safety:
         self._rules = rules
         self._limit = limit
         # Whether a sender waits for the database.
-        self.waits = durability == "database"
+        # Two nodes do not hold it yet by themselves: what is stored is held by more than that.
+        self.waits = durability != "none"
         self._key = b""
         # Told of a session when more of what it sent is safe.
         self.on_safe: Callable[[Session], None] = lambda _session: None
@@ -110,8 +111,8 @@ class Safety:
         return message_id(self._key, account.bare_text, envelope.origin, envelope.number)
 
     def sent(self, session: Session, envelope: Envelope, to: Jid) -> None:
-        """A message leaves: it goes into the sender's archive. Nobody else's word on where it is archived goes with
-        it (XEP-0359 3)."""
+        """A message leaves: it goes into the sender's archive, for which nobody waits: it may come back as an error,
+        also while the database is away. Nobody else's word on where it is archived goes with it (XEP-0359 3)."""
         if self._rules.idle:
             return
         account = session.jid.bare
@@ -123,7 +124,7 @@ class Safety:
             return  # what somebody sends to themselves has its place there as received
         if wanted(envelope.type, children)[1]:
             id_ = message_id(self._key, account.bare_text, envelope.origin, envelope.number)
-            self._write(_message(envelope, account, id_, str(to), False, True, ""))
+            self._messages.write(_message(envelope, account, id_, str(to), False, True, ""), self._written)
 
     def waiter(self, envelope: Envelope) -> Waiter | None:
         """Who waits until a message of a session of this router is safe; it expects what its caller has in hand."""
@@ -165,6 +166,7 @@ class Safety:
             self._last_id = id_
         if archived:
             envelope.stanza = stanza_ids.add(envelope.stanza, account.bare_text, id_text(id_))
+            children.append(STANZA_ID)
         return _message(envelope, account, id_, envelope.from_jid, pending, archived, holder)
 
     def _write(self, message: Message, waiter: Waiter | None = None) -> None:

@@ -47,6 +47,7 @@ def session_of(record: SessionRecord, stream: int, spawn: Callable[[Any, str], A
     session.epoch = record.epoch + 1
     session.connector = record.connector_incarnation
     session.taken = dict(record.taken)
+    session.fresh = False
     session.directed = set(record.directed_presence)
     session.interested = record.flags.interested
     session.priority = record.flags.priority

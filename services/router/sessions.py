@@ -29,9 +29,10 @@ class Session:
     """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
 
     __slots__ = (
-        "account", "asked", "asks", "closed", "connector", "directed", "early", "epoch", "frozen", "held", "holds",
-        "id", "inbound", "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes", "outbound",
-        "pinged", "presence", "priority", "resume_seconds", "seen_available", "stream", "taken", "waits", "withheld",
+        "account", "asked", "asks", "closed", "connector", "directed", "early", "epoch", "fresh", "frozen", "held",
+        "holds", "id", "inbound", "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes",
+        "outbound", "pinged", "presence", "priority", "resume_seconds", "seen_available", "settling", "stream",
+        "taken", "waits", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +84,10 @@ class Session:
         # What is routed to it while stored messages go first.
         self.held: deque[Envelope] | None = None
         self.holds = 0
+        # It has just been bound: messages wait a moment for its first presence (see deliveries.py).
+        self.settling: asyncio.TimerHandle | None = None
+        # No message has been delivered to it as it came.
+        self.fresh = True
 
 
 class Sessions:

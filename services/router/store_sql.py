@@ -44,7 +44,7 @@ class SqlAccountStore:
             await connection.execute(account_keys.insert(), _key_rows(host, local, keys))
 
         try:
-            await self._database.transaction(work)
+            await self._database.transaction(work, causal=True)
         except IntegrityError:
             raise AccountExists(f"{local}@{host}") from None
 
@@ -55,7 +55,7 @@ class SqlAccountStore:
             account_keys.c.server_key,
             account_keys.c.iterations,
         ).where(of(account_keys, host, local), account_keys.c.hash == hash_name)
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             row = (await connection.execute(wanted)).first()
         return ScramKeys(*row) if row is not None else None
 
@@ -67,17 +67,17 @@ class SqlAccountStore:
             await connection.execute(account_keys.delete().where(of(account_keys, host, local)))
             await connection.execute(account_keys.insert(), _key_rows(host, local, keys))
 
-        await self._database.transaction(work)
+        await self._database.transaction(work, causal=True)
 
     async def delete(self, host: str, local: str) -> None:
         async def work(connection: AsyncConnection) -> None:
             await connection.execute(account_keys.delete().where(of(account_keys, host, local)))
             await connection.execute(accounts.delete().where(of(accounts, host, local)))
 
-        await self._database.transaction(work)
+        await self._database.transaction(work, causal=True)
 
     async def exists(self, host: str, local: str) -> bool:
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             found = await connection.execute(sa.select(accounts.c.local).where(of(accounts, host, local)))
             return found.first() is not None
 
@@ -88,19 +88,19 @@ class SqlAccountStore:
             wanted = wanted.where(accounts.c.host == host)
         if after:
             wanted = wanted.where(jid > after)
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             rows = await connection.execute(wanted)
             return [AccountRow(f"{row.local}@{row.host}", row.created_unix_ms) for row in rows]
 
     async def shared_key(self, name: str) -> bytes:
         wanted = sa.select(router_values.c.content).where(router_values.c.name == name)
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             found = (await connection.execute(wanted)).scalar()
         if found is not None:
             return bytes(found)
+        made = router_values.insert().values(name=name, content=secrets.token_bytes(32))
         try:
-            async with self._database.write() as connection:
-                await connection.execute(router_values.insert().values(name=name, content=secrets.token_bytes(32)))
+            await self._database.transaction(lambda connection: connection.execute(made))
         except IntegrityError:
             pass  # another router was first, and its key counts
         return await self.shared_key(name)
@@ -118,7 +118,7 @@ class SqlRosterStore:
 
     async def load(self, account: Jid) -> Roster:
         host, local = account.domain, account.local
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             version = (
                 await connection.execute(sa.select(rosters.c.version).where(of(rosters, host, local)))
             ).scalar()
@@ -162,14 +162,14 @@ class SqlRosterStore:
             return version
 
         try:
-            return await self._database.transaction(work)
+            return await self._database.transaction(work, causal=True)
         except IntegrityError:
             # Two made the same roster's first item at once; now there is one.
-            return await self._database.transaction(work)
+            return await self._database.transaction(work, causal=True)
 
     async def changes(self, account: Jid, since: int) -> list[tuple[int, str]] | None:
         host, local = account.domain, account.local
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             version = (
                 await connection.execute(sa.select(rosters.c.version).where(of(rosters, host, local)))
             ).scalar()
@@ -187,7 +187,7 @@ class SqlRosterStore:
             for table in (roster_items, rosters):
                 await connection.execute(table.delete().where(of(table, account.domain, account.local)))
 
-        await self._database.transaction(work)
+        await self._database.transaction(work, causal=True)
 
 
 def _hash(contact: str) -> bytes:

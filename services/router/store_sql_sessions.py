@@ -35,7 +35,7 @@ class SqlSessionTable:
 
         if await self._binds.do(values):
             return None
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             row = (await connection.execute(sa.select(sessions).where(*_is(jid)))).first()
         if row is None:
             return await self.bind(jid, session, router)  # it has gone meanwhile: again
@@ -54,7 +54,7 @@ class SqlSessionTable:
                     entered.append(False)  # this statement's own: the others stand
             return entered
 
-        return await self._database.transaction(work)
+        return await self._database.transaction(work, causal=True)
 
     async def replace(self, row: SessionRow, session: str, router: str) -> bool:
         return await self._change(row, SessionRow(row.jid, session, row.epoch + 1, router), available=True)
@@ -71,7 +71,7 @@ class SqlSessionTable:
                 await connection.execute(sa.select(sessions.c.epoch).where(*_is_still(changed)))
             ).first() is not None
 
-        return await self._database.transaction(work)
+        return await self._database.transaction(work, causal=True)
 
     async def end(self, jid: Jid, session: str, epoch: int) -> SessionRow | None:
         return await self._ends.do((jid, session, epoch))
@@ -80,7 +80,7 @@ class SqlSessionTable:
         async def work(connection: AsyncConnection) -> list[SessionRow | None]:
             return [await _delete_one(connection, *one) for one in ended]
 
-        return await self._database.transaction(work)
+        return await self._database.transaction(work, causal=True)
 
     async def set_available(self, changes: Sequence[tuple[Jid, str, int, bool]]) -> None:
         async def work(connection: AsyncConnection) -> None:
@@ -88,7 +88,7 @@ class SqlSessionTable:
                 here = (*_is(jid), sessions.c.session == session, sessions.c.epoch == epoch)
                 await connection.execute(sessions.update().where(*here).values(available=available))
 
-        await self._database.transaction(work)
+        await self._database.transaction(work, causal=True)
 
     async def of_account(self, account: Jid) -> list[SessionRow]:
         return await self._rows(sessions.c.host == account.domain, sessions.c.local == account.local)
@@ -98,11 +98,11 @@ class SqlSessionTable:
 
     async def routers(self) -> dict[str, int]:
         counts = sa.select(sessions.c.router, sa.func.count().label("total")).group_by(sessions.c.router)
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             return {row.router: row.total for row in await connection.execute(counts)}
 
     async def _rows(self, *where: sa.ColumnElement[bool]) -> list[SessionRow]:
-        async with self._database.read() as connection:
+        async with self._database.read(causal=True) as connection:
             return [_row(row) for row in await connection.execute(sa.select(sessions).where(*where))]
 
 

@@ -24,9 +24,9 @@ log = get_logger("database")
 # is left when it does not answer in that time.
 CONNECT_TIMEOUT = 5.0
 CHOOSE_TIMEOUT = 1.5
-ANSWER_TIMEOUT = 3.0
+ANSWER_TIMEOUT = 2.5
 # Seconds between two looks at the host in use, and at those that are to be preferred to it.
-LOOK = 1.0
+LOOK = 0.5
 RETURN_LOOK = 10.0
 
 # MySQL: the host can't be reached. Galera: it is not in step with the others, or they are too few.
@@ -40,6 +40,10 @@ CAUSAL = "tidings_causal"
 CAUSALLY = "set statement wsrep_sync_wait = 7 for "
 
 Place = tuple[str, int]
+
+
+class Silent(aiomysql.OperationalError):  # type: ignore[misc]
+    """A host did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +119,17 @@ class Hosts:
 
     async def _connect(self, **parameters: Any) -> Any:
         """A new connection to the host in use. Raises the driver's errors."""
-        timeout = CONNECT_TIMEOUT if len(self._url.hosts) == 1 else CHOOSE_TIMEOUT
+        several = len(self._url.hosts) > 1
         error: Exception | None = None
-        for _ in self._url.hosts:
+        # Often enough to be there when `watch` has left one that hangs.
+        for _ in range(1 + len(self._url.hosts) if several else 1):
             place = self.present or await self._choose()
             try:
-                return await self._open(place, timeout, **parameters)
+                return await self._open(place, CHOOSE_TIMEOUT if several else CONNECT_TIMEOUT, **parameters)
+            except Silent as failed:
+                # Only `watch` leaves one that hangs, so that all processes do it at the same time: a node whose
+                # registry does it later than others must take itself for cut off from the database.
+                error = failed
             except aiomysql.Error as failed:
                 if _number(failed) not in _LEFT:
                     raise
@@ -141,8 +150,10 @@ class Hosts:
                     connection.close()
                     raise
                 return connection
+        except TimeoutError:
+            raise Silent(UNREACHABLE, f"{_text(place)} does not answer") from None
         except (OSError, RuntimeError) as error:
-            raise aiomysql.OperationalError(UNREACHABLE, f"{_text(place)} does not answer: {error}") from None
+            raise aiomysql.OperationalError(UNREACHABLE, f"{_text(place)} is gone: {error}") from None
 
     # --- which one ---
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import random
 from typing import Any, TypeVar
 
+import aiomysql
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import mysql
@@ -23,6 +25,8 @@ from tidings.kit.logging import get_logger
 from tidings.kit.tasks import Tasks
 
 log = get_logger("database")
+# Of a connection that can't be put back, or closed, because its server is gone, those who used it have been told.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 
@@ -247,6 +251,8 @@ def _is_away(error: BaseException) -> bool:
         return True
     if isinstance(error, RuntimeError) and "handler is closed" in str(error):
         return True  # aiomysql under uvloop, for a connection that the server has closed
+    if isinstance(error, aiomysql.OperationalError | aiomysql.InterfaceError):
+        return True  # SQLAlchemy lets through what the driver says where no statement is executed
     if not isinstance(error, DBAPIError):
         return False
     if isinstance(error, OperationalError | InternalError):

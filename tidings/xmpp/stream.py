@@ -154,6 +154,8 @@ _SASL_INPUTS = {
     f"{{{ns.SASL}}}abort": I.ABORT,
     f"{{{ns.TLS}}}starttls": I.STARTTLS,
 }
+# XEP-0198 4: of those who use it, as many as there are stanzas.
+ACKS = frozenset((f"{{{ns.SM}}}r", f"{{{ns.SM}}}a"))
 _CLIENT_ERROR = f"{{{ns.STREAMS}}}error"
 
 
@@ -214,6 +216,8 @@ class ServerStream:
                 if sender is not None and sender != from_jid:
                     self._check_from(sender)
                 events.append(StanzaReceived(item, stamp.apply(item)))
+            elif type(item) is Element and item.name in ACKS:
+                events.append(NonzaReceived(item))
             else:
                 self._take(item, events)
                 if self.state is not State.BOUND:

@@ -67,6 +67,24 @@ class _Presence:
         before = session.presence, session.priority
         initial = session.presence is None
         rises = priority >= 0 and (initial or session.priority < 0)
+        if rises:
+            # From here on messages to the account are its own: they wait for those that were stored before.
+            self._router.hold(session)
+        try:
+            return await self._becomes_available(session, raw, before, priority, initial, rises)
+        finally:
+            if rises:
+                self._router.release(session)
+
+    async def _becomes_available(
+        self,
+        session: Session,
+        raw: bytes,
+        before: tuple[bytes | None, int],
+        priority: int,
+        initial: bool,
+        rises: bool,
+    ) -> bool:
         session.presence, session.priority = raw, priority
         account = session.jid.bare
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+from collections.abc import Awaitable
 
 from services.router.archive_rules import ArchiveRules
 from services.router.messages import Kept, MessageStore, written
@@ -64,15 +65,26 @@ class _Offline:
 
     async def _offer(self, account: Jid) -> None:
         """A session may have come while a message was being written, and have read before it; here or elsewhere."""
-        if await self.noted(account, b"") is None:
+        given = self.noted(account, b"")
+        if given is None:
             self._module.tell(str(account), b"")
+        else:
+            await given
 
-    async def noted(self, account: Jid, _note: bytes) -> bytes | None:
-        """Messages wait: whoever is here gets them."""
+    def noted(self, account: Jid, _note: bytes) -> Awaitable[bytes] | None:
+        """Messages wait: whoever is here gets them, before what comes behind this note."""
         here = [session for session in self._router.sessions(str(account)).values() if _wants(session)]
         if not here:
             return None
-        await self._module.announce_available(next(filter(self._router.is_open, here), here[0]))
+        session = next(filter(self._router.is_open, here), here[0])
+        self._router.hold(session)
+        return self._give_to(session)
+
+    async def _give_to(self, session: Session) -> bytes:
+        try:
+            await self._module.announce_available(session)
+        finally:
+            self._router.release(session)
         return b""
 
     def attached(self, session: Session) -> None:

@@ -122,10 +122,9 @@ async def test_who_connects_to_a_host_that_hangs_gets_to_the_next_one(
 
 
 async def test_who_gives_up_soon_does_not_keep_a_process_at_a_host_that_hangs(
-    url: DatabaseUrl, mariadb: MariaDB, second: MariaDB, monkeypatch: pytest.MonkeyPatch
+    url: DatabaseUrl, mariadb: MariaDB, second: MariaDB
 ) -> None:
     """All connections are in use or being made, and whoever makes one is cut off before it is clear that none comes."""
-    monkeypatch.setattr(database_hosts, "ANSWER_TIMEOUT", 60.0)
     database = Database(url, connections=2)
     await database.start()
     held = asyncio.Event()

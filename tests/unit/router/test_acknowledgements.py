@@ -220,3 +220,19 @@ async def test_a_silent_client_is_pinged_once(router: MemoryRouter) -> None:
     router.acknowledgements.look()
     await until(lambda: not store_of(router).waiting_bytes)
     assert [jid for jid, _ in router.link.pings] == [juliet.jid_text]
+
+
+async def test_what_is_withheld_goes_out_in_order_as_its_messages_become_safe(router: MemoryRouter) -> None:
+    """Each answer waits for what was sent before it, and for no more."""
+    romeo = await router.session("romeo")
+    for _ in range(4):
+        romeo.inbound.take()
+    errors = [Envelope(kind=IQ, type="error", id=str(n), from_jid=HOST, stanza=b"<iq/>") for n in range(3)]
+    for number, error in enumerate(errors, 1):
+        romeo.inbound.number = number
+        router.routing.deliveries.deliver(romeo, error)
+    romeo.inbound.number = 4
+    for number, wanted in ((2, []), (1, ["0", "1"]), (3, ["0", "1", "2"])):
+        romeo.inbound.settle(number)
+        router.acknowledgements._safe(romeo)
+        assert [envelope.id for envelope in router.link.of(romeo)] == wanted

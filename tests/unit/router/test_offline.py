@@ -12,7 +12,7 @@ from services.router.messages import Kept, Message
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
-from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, message, presence, until, view
+from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, presence, until, view
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
 from tidings.kit.module import MESSAGE, Stanza
@@ -133,6 +133,22 @@ async def test_what_was_stored_reaches_a_session_that_has_had_later_ones_of_the_
     assert texts(router, juliet) == ["later"]
     await router.send(juliet, presence())
     assert texts(router, juliet) == ["later", "stored"]
+
+
+async def test_what_another_session_was_given_is_not_taken_for_had_because_of_a_later_request(
+    router: MemoryRouter,
+) -> None:
+    """A request of the same sender reaches a new session before its first presence; a message that a session which is
+    gone was given has a lower number."""
+    romeo = await router.session("romeo")
+    first = await router.session("juliet", "first")
+    await router.send(romeo, message("1", str(JULIET)))
+    await until(lambda: not messages_of(router).waiting_bytes)
+    await router.end(first)
+    second = await router.session("juliet", "second", available=False)
+    await router.send(romeo, iq("get", "question", str(second.jid), "{x}y"))
+    await router.send(second, presence())
+    assert texts(router, second) == ["1"]
 
 
 async def test_what_was_given_before_it_is_stored_overtakes_nothing_that_is(router: MemoryRouter) -> None:

@@ -840,6 +840,7 @@ class ForwardAnswer(google.protobuf.message.Message):
     VIEW_VERSION_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     LATER_FIELD_NUMBER: builtins.int
+    SAFE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Which envelope of which request."""
     index: builtins.int
@@ -854,6 +855,8 @@ class ForwardAnswer(google.protobuf.message.Message):
     """What a module answered to a note."""
     later: builtins.bool
     """It has been taken into memory and is being dealt with; another answer follows."""
+    safe: builtins.bool
+    """It is safe there, before the others of its request are."""
     def __init__(
         self,
         *,
@@ -863,8 +866,9 @@ class ForwardAnswer(google.protobuf.message.Message):
         view_version: builtins.int = ...,
         content: builtins.bytes = ...,
         later: builtins.bool = ...,
+        safe: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "index", b"index", "later", b"later", "refused", b"refused", "sequence", b"sequence", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "index", b"index", "later", b"later", "refused", b"refused", "safe", b"safe", "sequence", b"sequence", "view_version", b"view_version"]) -> None: ...
 
 global___ForwardAnswer = ForwardAnswer
 
