@@ -70,6 +70,22 @@ class Link:
         return [envelope.id for envelope in self.of(session) if envelope.kind == MESSAGE]
 
 
+class Counting:
+    """A waiter (`tidings.cluster.flows.Waiter`) that tells when all has happened."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._left = 1
+        self._then = then
+
+    def expect(self) -> None:
+        self._left += 1
+
+    def settle(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self._then()
+
+
 class Links:
     """Satisfies what a routing needs of its links: what is sent to a router arrives there a tick later."""
 
@@ -77,12 +93,25 @@ class Links:
         self._own = own
         self._routers = routers
         self.sent: list[tuple[str, Item]] = []
+        # By router, what it has not said to be safe.
+        self.unsafe: dict[str, list[Sent]] = {}
+
+    def dies(self, node: str) -> None:
+        """A router is gone; what it had taken and not said to be safe comes back. The view must know."""
+        unsafe = self.unsafe.pop(node, [])
+        self._routers[self._own].forwarder.again(unsafe)
+        for sent in unsafe:
+            assert sent.waiter is not None
+            sent.waiter.settle()
 
     def crowded(self, plan: Plan) -> bool:
         return False
 
     def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
         self.sent.append((node, item))
+        if sent.waiter is not None:
+            sent.waiter.expect()
+            self.unsafe.setdefault(node, []).append(sent)
         asyncio.get_running_loop().call_soon(self._arrive, node, item, sent, refusals_seen)
 
     def _arrive(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
@@ -98,7 +127,15 @@ class Links:
             else:
                 here.refused(sent, there.view.version if item.mode == 1 else 0)
 
+        def safe() -> None:
+            if sent in self.unsafe.get(node, ()):
+                self.unsafe[node].remove(sent)
+                assert sent.waiter is not None
+                sent.waiter.settle()
+
         copy = Item(item.flow[:2], item.account, item.resource, payload, item.mode, source=self._own, answer=answered)
+        if sent.waiter is not None:
+            copy.waiter = Counting(safe)
         there.incoming(copy, here.view.version, refusals_seen)
 
 

@@ -1,0 +1,107 @@
+"""A message is acknowledged when it is safe, whichever router stores it, and whatever becomes of that one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.router.messages_memory import MemoryMessageStore
+from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
+from services.router.sessions import Session
+from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, message, until, view
+from tidings.cluster.node import NodeState
+from tidings.cluster.strategies.home import Home
+from tidings.cluster.strategies.online_users import OnlineUsers
+from tidings.cluster.strategy import Factory
+from tidings.cluster.view import ClusterView
+from tidings.xmpp.jid import Jid
+
+MODULES = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)
+JULIET = Jid.parse(f"juliet@{HOST}")
+BOTH = view(1, a=NodeState.UP, b=NodeState.UP)
+
+
+class Two:
+    """Two routers: juliet has a session at one, romeo at the other."""
+
+    def __init__(self, strategy: Factory) -> None:
+        self.stores = Stores()
+        self.routers: dict[str, MemoryRouter] = {}
+        for name in ("a", "b"):
+            MemoryRouter(name, self.routers, self.stores, strategy, MODULES)
+        self.see(BOTH)
+
+    def see(self, shown: ClusterView) -> None:
+        for router in self.routers.values():
+            router.see(shown)
+
+    async def start(self) -> tuple[Session, Session]:
+        await self.stores.accounts.create(JULIET.domain, JULIET.local, {})
+        keeper = self.routers["a"].routing.strategy.keeper(str(JULIET)) or "b"
+        self.there = self.routers[keeper]
+        self.here = next(router for router in self.routers.values() if router is not self.there)
+        juliet = await self.there.session("juliet")
+        # Who knows of whom is told by notes, a tick later.
+        await until(lambda: not self.there.links.sent or len(self.there.forwarder) == 0)
+        romeo = await self.here.session("romeo")
+        romeo.inbound.enable()
+        return romeo, juliet
+
+    @property
+    def store(self) -> MemoryMessageStore:
+        assert isinstance(self.stores.messages, MemoryMessageStore)
+        return self.stores.messages
+
+
+@pytest.fixture(params=[Home, OnlineUsers], ids=["home", "online-users"])
+async def two(request: pytest.FixtureRequest) -> AsyncIterator[Two]:
+    made = Two(request.param)
+    yield made
+    for router in made.routers.values():
+        await router.stop()
+
+
+async def test_a_message_that_another_router_stores_is_safe_when_that_one_says_so(two: Two) -> None:
+    romeo, juliet = await two.start()
+    two.store.away = True
+    await two.here.send(romeo, message("1", str(JULIET)))
+    await until(lambda: two.there.link.bodies(juliet) == ["1"])
+    assert romeo.inbound.h == 0, "delivered, and not acknowledged"
+    two.store.away = False
+    await until(lambda: romeo.inbound.h == 1)
+    assert await two.store.pending_count(JULIET) == 1
+
+
+async def test_what_a_router_had_taken_and_not_stored_when_it_died_is_stored_by_another(two: Two) -> None:
+    romeo, juliet = await two.start()
+    two.store.away = True
+    for id_ in ("1", "2"):
+        await two.here.send(romeo, message(id_, str(JULIET)))
+    await until(lambda: two.there.link.bodies(juliet) == ["1", "2"])
+    # With the router dies what it was to write.
+    two.store._queue = type(two.store._queue)()
+    await two.stores.table.end(juliet.jid, juliet.id, juliet.epoch)
+    two.store.away = False
+    two.here.see(view(2, **{two.here.own: NodeState.UP}))
+    two.here.links.dies(two.there.own)
+    assert romeo.inbound.h == 0
+    await until(lambda: romeo.inbound.h == 2)
+    kept = await two.store.pending(JULIET, "next", 10)
+    assert [one.number for one in kept] == [1, 2]
+
+
+async def test_what_comes_behind_it_does_not_overtake_what_is_sent_another_way(two: Two) -> None:
+    romeo, juliet = await two.start()
+    two.store.away = True
+    await two.here.send(romeo, message("1", str(JULIET)))
+    await until(lambda: two.there.link.bodies(juliet) == ["1"])
+    two.store._queue = type(two.store._queue)()
+    await two.stores.table.end(juliet.jid, juliet.id, juliet.epoch)
+    two.here.see(view(2, **{two.here.own: NodeState.UP}))
+    phone = await two.here.session("juliet", "phone")
+    two.here.links.dies(two.there.own)
+    await two.here.send(romeo, message("2", str(JULIET)))
+    await until(lambda: two.here.link.bodies(phone) == ["1", "2"])
+    two.store.away = False
+    await until(lambda: romeo.inbound.h == 2)
