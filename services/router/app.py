@@ -28,7 +28,7 @@ from services.router.retention import Retention
 from services.router.rosters import Rosters
 from services.router.routing import Routing
 from services.router.safety import Safety
-from services.router.sessions import Sessions
+from services.router.sessions import Session, Sessions
 from services.router.store import AccountStore, RosterStore
 from services.router.store_sql import SqlAccountStore, SqlRosterStore
 from services.router.store_sql_sessions import SqlSessionTable
@@ -141,6 +141,7 @@ class Router:
         self._adoption.wait = resumption.wait
         resumption.send_on = negotiator.send_to_session
         routing.on_answer = self._acknowledgements.is_answer
+        routing.deliveries.on_full = self._end_full
         routing.deliveries.withholds = safety.waits
         routing.deliveries.kept_as = safety.kept_as
         self._hand_over.dismiss = self._adoption.dismiss = negotiator.dismiss
@@ -210,6 +211,10 @@ class Router:
         metrics.gauged("store_waiting_bytes", "What waits to be committed", lambda: self._messages.waiting_bytes)
         metrics.gauged("store_waiting_seconds", "How long the oldest of it has waited", self._waited)
         metrics.counted("sessions_orphaned", "Sessions ended for routers that failed", lambda: self._orphans.ended)
+
+    def _end_full(self, session: Session) -> None:
+        ending = self._negotiator.close(session, "resource-constraint", "too much is not acknowledged")
+        self._tasks.spawn(ending, "end a session that is full")
 
     def _waited(self) -> float:
         oldest = self._messages.oldest_waiting

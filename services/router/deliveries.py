@@ -30,6 +30,9 @@ FIRST_PRESENCE = 1.0
 ASK_AFTER = 10
 # Unconfirmed stanzas that may share the memory of the batch that they came in.
 MAX_SHARED = 64
+# Stanzas that a client with XEP-0198 may leave unacknowledged, also while its session waits for it; then the session
+# ends, and messages wait in the store. It stops a flood to somebody who does not come back from filling memory.
+MAX_UNACKNOWLEDGED = 10_000
 # Messages that a client without XEP-0198 may leave unconfirmed; of more, the oldest wait for the account's next
 # session. It stops a client that answers no ping from filling memory.
 MAX_UNCONFIRMED = 10_000
@@ -48,6 +51,8 @@ class Deliveries:
         self.withholds = False
         self.kept_as: Callable[[Envelope, Jid], bytes | None] = lambda _envelope, _account: None
         self.on_sent: Callable[[Session], None] = lambda _session: None
+        # Called when a session has got more than its client may leave unacknowledged.
+        self.on_full: Callable[[Session], None] = lambda _session: None
         # Total, for metrics.
         self.delivered = 0
 
@@ -119,6 +124,8 @@ class Deliveries:
         outbound.sent = number = outbound.sent + 1
         self.delivered += 1
         if inbound.counts:
+            if len(outbound.queue) == MAX_UNACKNOWLEDGED:
+                self.on_full(session)
             outbound.keep(envelope if link is not None and len(outbound.queue) < MAX_SHARED else own_copy(envelope))
         elif envelope.kind == MESSAGE and (id_ := self.kept_as(envelope, session.jid.bare)) is not None:
             outbound.keep(id_)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from services.router import deliveries
 from services.router.deliveries import ASK_AFTER
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline, xep_0199_ping
@@ -166,6 +167,21 @@ async def test_the_id_is_given_to_those_who_want_to_resume_and_max_is_the_lower_
     assert f"id=\"{romeo.id}\" resume='true' max='30'".encode() in first
     assert (romeo.resume_seconds, juliet.resume_seconds) == (30, 60)
     assert juliet.id.encode() in second
+
+
+async def test_who_never_acknowledges_is_cut_off_and_its_messages_wait(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliveries, "MAX_UNACKNOWLEDGED", 3)
+    full: list[Session] = []
+    router.routing.deliveries.on_full = full.append
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    nonza(router, juliet, ENABLE)
+    for number in range(6):
+        await router.send(romeo, message(str(number), str(JULIET)))
+    assert full == [juliet], "told once"
+    await until(lambda: not store_of(router).waiting_bytes)
+    assert await router.stores.messages.pending_count(JULIET) == 6
 
 
 # --- without XEP-0198 ---
