@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from machine import written_by
-from tables import Figures, beside, medians, table
+from tables import Acknowledged, Figures, acknowledged, acknowledged_table, beside, medians, table
 
 from tidings.testing.client import RawClient
 from tidings.testing.mariadb import MariaDB
@@ -30,7 +30,9 @@ from tidings.testing.server import ONE_PROCESS, PROCESSES, START_TIMEOUT, Instal
 DRIVER = Path(__file__).with_name("xmppload")
 RUNS = int(os.environ.get("RUNS", "3"))
 SECS = os.environ.get("SECS", "5")
-OPTIONS = ["--c2s-allow-plaintext=true", "--registration=true", "--scram-iterations=10000"]
+LOG_IN = ["--c2s-allow-plaintext=true", "--registration=true", "--scram-iterations=10000"]
+# Nothing is kept of what arrives: what the path alone costs.
+OPTIONS = [*LOG_IN, "--message-durability=none", "--archive=false"]
 IDLE = 500
 
 # Label, mode of the driver, its options.
@@ -39,6 +41,11 @@ CHAT = (
     ("chat, 100 pairs, 10 in flight", "chat", "--users", "200", "--window", "10"),
     ("chat at 2,000 a second", "open", "--users", "200", "--rate", "2000"),
     ("chat at 20,000 a second", "open", "--users", "200", "--rate", "20000"),
+)
+# With XEP-0198: a message counts when it has arrived and its sender has the <a/>.
+ACKED = tuple(
+    (f"{window} in flight", "chat", "--users", "200", "--window", str(window), "--sm", "1", "--acked", "1")
+    for window in (1, 5, 10)
 )
 PING = ("ping", "iq", "--users", "200", "--window", "1")
 
@@ -185,6 +192,38 @@ def two_nodes() -> list[Figures]:
             mariadb.stop()
 
 
+def acked() -> list[Acknowledged]:
+    """One process by the defaults (each message is stored twice: for its receiver, and in its sender's archive), on each
+    database; then two nodes."""
+    found: list[Acknowledged] = []
+    with tempfile.TemporaryDirectory() as database_folder:
+        mariadb = MariaDB(Path(database_folder))
+        mariadb.start()
+        try:
+            for label, options, where, nodes in (
+                ("`database`, MariaDB", [], mariadb.create_database(), 1),
+                ("`database`, SQLite", [], "", 1),
+                ("`none`, MariaDB", ["--message-durability=none"], mariadb.create_database(), 1),
+                ("`database`, two nodes on MariaDB", [], mariadb.create_database(), 2),
+            ):
+                print(f"  {label}", flush=True)
+                with tempfile.TemporaryDirectory() as folder:
+                    installation = Installation(
+                        ONE_PROCESS, Path(folder), [*LOG_IN, *options], "localhost", where, nodes=nodes
+                    )
+                    installation.start()
+                    try:
+                        drive(installation, "register", "--users", "200", "--conc", "20")
+                        for name, mode, *words in ACKED:
+                            runs = [drive(installation, mode, *words) for _ in range(RUNS)]
+                            found.append(acknowledged(f"{label}, {name}", runs))
+                    finally:
+                        installation.stop()
+        finally:
+            mariadb.stop()
+    return found
+
+
 def all_cores() -> list[Figures]:
     with tempfile.TemporaryDirectory() as folder:
         return chat(AllCores(ONE_PROCESS, Path(folder), OPTIONS, "localhost"))
@@ -196,12 +235,14 @@ HEAD = f"""# Benchmarks
 
 Medians of {RUNS} runs of {SECS} s, with the default limits. The load driver (`tests/bench/xmppload.c`) runs on the
 same machine and takes up to one core, so rates are lower bounds; CPU per message is the figure to plan with.
-Clients of the driver use no TLS. SQLite (two nodes: MariaDB, whose CPU is not counted), `--message-durability` as by
-default (not in effect yet). What goes between nodes for a stanza is in [traffic.md](traffic.md).
+Clients of the driver use no TLS. SQLite (two nodes: MariaDB, whose CPU is not counted). But for the first table, nothing
+is stored (`--message-durability=none --archive=false`). What goes between nodes for a stanza is in [traffic.md](traffic.md).
 """
 
 
 def main() -> None:
+    print("acknowledged", flush=True)
+    stored = acked()
     print("one process", flush=True)
     one, below_one = whole(ONE_PROCESS)
     print("four processes", flush=True)
@@ -213,6 +254,10 @@ def main() -> None:
     ways = {"one process": one, "four processes": four, "two nodes": two, "`--processes=auto`": cores}
     lines = [
         HEAD,
+        "### Acknowledged messages, by the defaults", "",
+        "A message counts when it has arrived and its sender has the `<a/>` for it: with `database` it is stored by then. 100 "
+        "pairs; the CPU of MariaDB is not counted.", "",
+        *acknowledged_table(stored), "",
         "### Chat, by how it runs", "",
         *beside({way: figures[: len(CHAT)] for way, figures in ways.items()}), "",
         "### One process", "", *table(one), "", *below_one, "",

@@ -36,6 +36,45 @@ def medians(label: str, runs: Sequence[dict[str, Any]]) -> Figures:
     )
 
 
+@dataclass(frozen=True)
+class Acknowledged:
+    """The same for messages that count when they have arrived and their sender has the <a/> for them."""
+
+    label: str
+    per_second: float
+    cpu: float
+    # Milliseconds from sending to the <a/>; and the age of the oldest one without it at the end.
+    p50: float
+    p99: float
+    oldest: float
+
+
+def acknowledged(label: str, runs: Sequence[dict[str, Any]]) -> Acknowledged:
+    def median(pick: Any) -> float:
+        return statistics.median(pick(run) for run in runs)
+
+    return Acknowledged(
+        label,
+        median(lambda run: run["acked_per_s"]),
+        median(lambda run: run["server_cpu_us_per"]),
+        median(lambda run: run["ack_ms"]["p50"]),
+        median(lambda run: run["ack_ms"]["p99"]),
+        median(lambda run: run["oldest_unacked_ms"]),
+    )
+
+
+def acknowledged_table(figures: Sequence[Acknowledged]) -> list[str]:
+    lines = [
+        "| | acknowledged per second | server CPU µs each | p50 ms to `<a/>` | p99 ms | oldest at the end, ms |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for one in figures:
+        lines.append(
+            f"| {one.label} | {one.per_second:,.0f} | {one.cpu:.1f} | {one.p50:.1f} | {one.p99:.1f} | {one.oldest:.0f} |"
+        )
+    return lines
+
+
 def table(figures: Sequence[Figures]) -> list[str]:
     """One way of running."""
     lines = ["| | per second | server CPU µs each | p50 ms | p99 ms |", "|---|--:|--:|--:|--:|"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from services.router.message_queue import MESSAGE_BYTES
 from services.router.messages import ArchiveQuery, Preferences, UnknownId, message_id
 from services.router.messages_memory import MemoryMessageStore
 from services.router.messages_sql import SqlMessageStore
@@ -147,7 +148,7 @@ async def test_what_waits_is_counted_until_it_is_kept(stores: Stores) -> None:
     assert since > 0
     told.write(stores.store, message(ROMEO, 2))
     assert stores.store.oldest_waiting == since
-    assert stores.store.waiting_bytes == 2 * (len(one.stanza) + 200)
+    assert stores.store.waiting_bytes == 2 * (len(one.stanza) + MESSAGE_BYTES)
     await told.of(2)
     assert (stores.store.waiting_bytes, stores.store.oldest_waiting) == (0, 0.0)
     stores.store.delivered(ROMEO, [one.id, one.id])
