@@ -79,9 +79,7 @@ class AccountDelivery:
         envelope: Envelope = item.payload
         kind = envelope.kind
         if item.resource:
-            match = self._sessions.of(item.account).get(item.resource)
-            if match is not None:
-                self.give(match, envelope, item.waiter)
+            if self.to_sessions_here(envelope, item):
                 return None
         elif kind == IQ:
             if envelope.type in REQUESTS:

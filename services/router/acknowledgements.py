@@ -93,8 +93,6 @@ class Acknowledgements:
             link.close(session.stream, error.condition, error.text, error.application)
         except StanzaError as error:
             link.close(session.stream, "policy-violation", error.text)
-        else:
-            self._deliveries.confirmed(session)
 
     def _enable(self, link: ConnectorLink, session: Session, envelope: Envelope) -> None:
         if session.inbound.counts:

@@ -20,11 +20,14 @@ class ArchiveRules:
         self._messages = messages
         self._rosters = rosters
         self._host_default = host_default
-        # Nobody archives anything: then nobody needs to be asked.
-        self.idle = not any(host_default(host) for host in hosts)
-        self._idle_by_default = self.idle
+        self._idle_by_default = not any(host_default(host) for host in hosts)
         # Of accounts that have set some.
         self._preferences: dict[str, Preferences] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Nobody archives anything: then nobody needs to be asked."""
+        return self._idle_by_default and not self._preferences
 
     def archives(self, account: Jid, peer: str) -> bool:
         """Whether a message from or to `peer` goes into an account's archive."""
@@ -52,10 +55,9 @@ class ArchiveRules:
 
     def put(self, account: Jid, preferences: Preferences | None) -> None:
         if preferences is None:
-            self._preferences.pop(account.bare_text, None)
+            self.forget(account.bare_text)
         else:
             self._preferences[account.bare_text] = preferences
-        self.idle = self._idle_by_default and not self._preferences
 
     def forget(self, account: str) -> None:
         """The account has no session here any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 
 from services.router.iq_deadlines import IqDeadlines
 from services.router.sessions import Session, Sessions
@@ -173,9 +173,6 @@ class Deliveries:
         if not withheld:
             session.withheld = None
 
-    def confirmed(self, session: Session) -> None:
-        """The client has confirmed something: there may be room for more."""
-
     def is_open(self, session: Session) -> bool:
         """Whether what is delivered to a session now goes to its stream."""
         return (
@@ -198,9 +195,7 @@ class Deliveries:
 
     def hold(self, session: Session) -> None:
         session.holds += 1
-        if session.settling is not None:
-            session.settling.cancel()
-            session.settling = None
+        _stop_settling(session)
         if session.held is None:
             session.held = deque()
 
@@ -228,24 +223,31 @@ class Deliveries:
         """What waits for a session that ends or goes to another router, in order; it waits here no longer."""
         frozen, session.frozen = session.frozen, None
         held, session.held = session.held, None
-        if session.settling is not None:
-            session.settling.cancel()
-            session.settling = None
+        _stop_settling(session)
         return [*(frozen or ()), *(held or ())]
 
 
+def _stop_settling(session: Session) -> None:
+    if session.settling is not None:
+        session.settling.cancel()
+        session.settling = None
+
+
 def _keep(session: Session, queue: deque[Envelope], envelope: Envelope) -> None:
-    if len(queue) < MAX_HELD:
+    if _has_room(session, queue):
         queue.append(own_copy(envelope))
-    else:
-        log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
 
 
 def _keep_behind(session: Session, queue: deque[tuple[int, Envelope]], envelope: Envelope) -> None:
-    if len(queue) < MAX_HELD:
+    if _has_room(session, queue):
         queue.append((session.inbound.number, own_copy(envelope)))
-    else:
-        log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
+
+
+def _has_room(session: Session, queue: Sized) -> bool:
+    if len(queue) < MAX_HELD:
+        return True
+    log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
+    return False
 
 
 def own_copy(envelope: Envelope) -> Envelope:

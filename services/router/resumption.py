@@ -7,7 +7,7 @@ stream is sent on to it.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class Resumption:
         session.asks = False
         session.lane.on_long = session.lane.on_short = None
         # What comes in a batch keeps all of it in memory.
-        session.outbound.queue = type(session.outbound.queue)(
+        session.outbound.queue = deque(
             (number, own_copy(what) if isinstance(what, Envelope) else what)
             for number, what in session.outbound.queue
         )
@@ -107,9 +107,7 @@ class Resumption:
             await self.end(session)
 
     def ended(self, session: Session) -> None:
-        if session.waits is not None:
-            session.waits.cancel()
-            session.waits = None
+        _stop_waiting(session)
         if session.resume_seconds:
             self._over[session.id] = (session.account, session.inbound.h)
             if len(self._over) > MAX_OVER:
@@ -170,9 +168,7 @@ class Resumption:
             before.unbound(session)
             before.give_up(session.stream)
             before.close(session.stream, "conflict", "resumed by another connection")
-        if session.waits is not None:
-            session.waits.cancel()
-            session.waits = None
+        _stop_waiting(session)
         link = stream.link
         session.link, session.stream, session.connector = link, stream.number, link.incarnation
         session.asks = False
@@ -187,6 +183,12 @@ class Resumption:
         self.resumed += 1
         log.debug("session_resumed", session=session.id, account=session.account)
         self.attached(session)
+
+
+def _stop_waiting(session: Session) -> None:
+    if session.waits is not None:
+        session.waits.cancel()
+        session.waits = None
 
 
 async def _nothing(_session: Session) -> None: ...

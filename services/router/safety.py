@@ -49,8 +49,7 @@ class Safety:
         self._messages = messages
         self._rules = rules
         self._limit = limit
-        # Whether a sender waits for the database.
-        # Two nodes do not hold it yet by themselves: what is stored is held by more than that.
+        # Whether a sender waits for the database: with `memory` too, as long as no second node holds sessions.
         self.waits = durability != "none"
         self._key = b""
         # Told of a session when more of what it sent is safe.

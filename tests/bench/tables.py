@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,13 @@ class Figures:
     p99: float
 
 
-def medians(label: str, runs: Sequence[dict[str, Any]]) -> Figures:
-    def median(pick: Any) -> float:
-        return statistics.median(pick(run) for run in runs)
+def _median(runs: Sequence[dict[str, Any]]) -> Callable[[Callable[[dict[str, Any]], float]], float]:
+    """Takes one figure of each run."""
+    return lambda pick: statistics.median(pick(run) for run in runs)
 
+
+def medians(label: str, runs: Sequence[dict[str, Any]]) -> Figures:
+    median = _median(runs)
     return Figures(
         label,
         median(lambda run: run["per_s"]),
@@ -50,9 +53,7 @@ class Acknowledged:
 
 
 def acknowledged(label: str, runs: Sequence[dict[str, Any]]) -> Acknowledged:
-    def median(pick: Any) -> float:
-        return statistics.median(pick(run) for run in runs)
-
+    median = _median(runs)
     return Acknowledged(
         label,
         median(lambda run: run["acked_per_s"]),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from tidings.xmpp import datetimes, ns
+from tidings.xmpp import ns
+from tidings.xmpp.delays import delay
 from tidings.xmpp.stanza import declare
 
 # A start tag that says its default namespace.
@@ -19,7 +20,5 @@ def forwarded(raw: bytes, received_unix_ms: int | None = None) -> bytes:
     if _QUALIFIED.match(raw) is None:
         # 3: its namespace must be kept, and it would inherit another one here.
         raw = declare(raw, _CLIENT)
-    delay = b""
-    if received_unix_ms is not None:
-        delay = f"<delay xmlns='{ns.DELAY}' stamp='{datetimes.to_text(received_unix_ms)}'/>".encode()
-    return b"%b%b%b</forwarded>" % (_OPEN, delay, raw)
+    when = delay(received_unix_ms) if received_unix_ms is not None else b""
+    return b"%b%b%b</forwarded>" % (_OPEN, when, raw)

@@ -79,6 +79,17 @@ def declare(raw: bytes, declarations: bytes) -> bytes:
     return raw[: match.end()] + declarations + raw[match.end() :]
 
 
+def append(raw: bytes, child: bytes) -> bytes:
+    """Puts one more child into a stanza, as its last."""
+    # The last "</" is the stanza's own, for no value and no text holds a "<"; an empty element has none.
+    end = raw.rfind(b"</")
+    if end >= 0:
+        return raw[:end] + child + raw[end:]
+    match = _NAME.match(raw)
+    assert match is not None
+    return b"%b>%b</%b>" % (raw[:-2], child, match.group()[1:])
+
+
 # --- trees, for those who consume a stanza ---
 
 _TREES = etree.XMLParser(
@@ -143,6 +154,7 @@ __all__ = [
     "XML_LANG",
     "Element",
     "Stamp",
+    "append",
     "attribute",
     "declare",
     "error_stanza",

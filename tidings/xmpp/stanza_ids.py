@@ -12,7 +12,7 @@ from pyexpat import ParserCreate
 
 from tidings.xmpp import ns
 from tidings.xmpp.jid import Jid, JidError
-from tidings.xmpp.stanza import START_TAG, escape_text, quoteattr
+from tidings.xmpp.stanza import START_TAG, append, escape_text, quoteattr
 
 # Among the names of a stanza's children: there may be something to remove.
 STANZA_ID = f"{{{ns.STANZA_ID}}}stanza-id"
@@ -32,11 +32,7 @@ def add(raw: bytes, by: str, id: str) -> bytes:
     One by the same archive must not be in it before (section 3, rule 4): see `remove_forged`.
     """
     value = id.encode() if _TO_ESCAPE(id) is None else escape_text(id, _ESCAPES).encode()
-    # The last "</" begins the message's own end tag. An empty element has none: no value holds a "<".
-    end = raw.rfind(b"</")
-    if end < 0:
-        return b"%b>%b%b'/></message>" % (raw[:-2], _opened(by), value)
-    return raw[:end] + _opened(by) + value + b"'/>" + raw[end:]
+    return append(raw, b"%b%b'/>" % (_opened(by), value))
 
 
 @lru_cache(maxsize=CACHED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 from collections.abc import Awaitable
 
 from services.router.archive_rules import ArchiveRules
@@ -13,9 +12,10 @@ from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.db import DatabaseAway
 from tidings.kit.module import MESSAGE, Module, ModuleSpec, Session, Stanza
 from tidings.xmpp import ns
+from tidings.xmpp.delays import delay
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid
-from tidings.xmpp.stanza import quoteattr
+from tidings.xmpp.stanza import append
 
 # Messages given at once to a session that comes: more would fill its send queue before it reads.
 PAGE = 100
@@ -165,15 +165,7 @@ def _wants(session: Session) -> bool:
 
 def _delayed(kept: Kept, account: Jid) -> Envelope:
     """XEP-0203 4: stamped by the account's server."""
-    received = datetime.datetime.fromtimestamp(kept.received_unix_ms / 1000, datetime.UTC)
-    stamp = received.strftime("%Y-%m-%dT%H:%M:%S.") + f"{received.microsecond // 1000:03d}Z"
-    delay = f"<delay xmlns='{ns.DELAY}' from={quoteattr(account.domain)} stamp='{stamp}'/>".encode()
-    raw = kept.stanza
-    end = raw.rindex(b"</message") if raw.rstrip().endswith(b">") and not raw.rstrip().endswith(b"/>") else -1
-    if end < 0:
-        raw = raw.rstrip()[:-2] + b">" + delay + b"</message>"
-    else:
-        raw = raw[:end] + delay + raw[end:]
+    raw = append(kept.stanza, delay(kept.received_unix_ms, account.domain))
     return Envelope(
         kind=MESSAGE, origin=kept.origin, number=kept.number, from_jid=kept.from_jid, children=["body"], stanza=raw
     )
