@@ -55,7 +55,11 @@ class _ArchivePreferences:
     # --- what is known of those who are here ---
 
     async def started(self, session: Session) -> None:
-        await self._load(session.jid.bare)
+        """What the session sends waits for this, so it is tried once."""
+        try:
+            await self._rules.load(session.jid.bare, self._router)
+        except DatabaseAway:
+            self.attached(session)
 
     def attached(self, session: Session) -> None:
         self._router.in_background(self._load(session.jid.bare), "archive preferences")

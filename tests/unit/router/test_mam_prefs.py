@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -153,3 +154,16 @@ def test_preferences_decide_what_is_archived(
     assert not contacts.asked or (preferences is not None and preferences.default == "roster")
     rules.forget(str(JULIET))
     assert rules.archives(JULIET, peer) is host_default
+
+
+async def test_a_session_that_starts_while_the_database_is_away_does_not_wait_for_its_preferences() -> None:
+    router = ArchiveRouter()
+    await router.archive.set_preferences(JULIET, Preferences("never", (), ()))
+    juliet = await router.session("juliet")
+    router.archive.away = True
+    (started,) = router.hooks.session_started
+    waiting = started(juliet)
+    assert waiting is not None
+    async with asyncio.timeout(1):
+        await waiting
+    await router.stop()
