@@ -42,6 +42,9 @@ log = get_logger("router")
 
 # Seconds between two looks at who has not confirmed what it got.
 LOOK = 0.25
+# Seconds for a client without XEP-0198 to confirm what it got before its stream is closed; and between two looks.
+LAST_CONFIRMATION = 1.0
+SOON = 0.01
 
 
 class Acknowledgements:
@@ -172,6 +175,17 @@ class Acknowledgements:
         self._deliveries.deliver(session, Envelope(kind=IQ, type="get", id=id_, to_jid=to, stanza=raw))
         session.outbound.asked = session.outbound.sent
         return True
+
+    async def confirmed(self, session: Session) -> None:
+        """Waits, not for long, until a client without XEP-0198 has confirmed all messages that it got: the others would
+        be offered again to its next session."""
+        deadline = asyncio.get_running_loop().time() + LAST_CONFIRMATION
+        while session.outbound.queue and self._deliveries.is_open(session):
+            if asyncio.get_running_loop().time() > deadline:
+                log.debug("not_confirmed", session=session.id, messages=len(session.outbound.queue))
+                return
+            self._ping(session)
+            await asyncio.sleep(SOON)
 
     def is_answer(self, session: Session, envelope: Envelope) -> bool:
         """Whether an IQ to the server answers a ping of it, with a result or an error; then it has had its effect."""

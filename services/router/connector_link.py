@@ -141,7 +141,7 @@ class ConnectorLink:
                 self._streams.pop(number, None)
                 self._negotiator.resumption.suspend(session)
             elif session is not None:
-                session.lane.run(self._negotiator.dismiss, session)
+                self._spawn(self._negotiator.leave(session), "a session whose connector drains")
         elif which == "closed":
             self._streams.pop(number, None)
             log.debug("stream_closed", stream=number, clean=event.closed.clean, reason=event.closed.reason)

@@ -373,8 +373,16 @@ class Negotiator:
         finally:
             self.ending -= 1
 
+    async def leave(self, session: Session) -> None:
+        """Its connector drains: what comes for the session from now on waits for the next one of its account."""
+        self.routing.deliveries.hold(session)
+        if not session.inbound.counts:
+            await self.acknowledgements.confirmed(session)
+        # Behind what it has sent.
+        session.lane.run(self.dismiss, session)
+
     async def dismiss(self, session: Session) -> None:
-        """Its connector drains: the session ends, and then its stream, so that nothing is sent into the void."""
+        """The session ends, and then its stream, so that nothing is sent into the void."""
         await self.hand_over.settled(session)
         link = session.link
         await self.end(session)

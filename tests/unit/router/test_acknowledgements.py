@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.router import deliveries
+from services.router import acknowledgements, deliveries
 from services.router.deliveries import ASK_AFTER
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline, xep_0199_ping
@@ -235,6 +235,34 @@ async def test_a_silent_client_is_pinged_once(router: MemoryRouter) -> None:
     await router.send(romeo, message("2", str(JULIET)))
     router.acknowledgements.look()
     await until(lambda: not store_of(router).waiting_bytes)
+    assert [jid for jid, _ in router.link.pings] == [juliet.jid_text]
+
+
+async def test_who_is_about_to_be_sent_away_gets_a_moment_to_confirm_what_it_got(router: MemoryRouter) -> None:
+    """So an orderly restart offers nothing twice."""
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    for id_ in ("1", "2"):
+        await router.send(romeo, message(id_, str(JULIET)))
+    confirmed = router.tasks.spawn(router.acknowledgements.confirmed(juliet), "leaves")
+    for count in (1, 2):
+        # The first ping may have gone out ahead of the second message.
+        if count > 1 and not juliet.outbound.queue:
+            break
+        await until(lambda count=count: len(router.link.pings) == count)
+        assert not confirmed.done()
+        await router.send(juliet, iq("result", router.link.pings[-1][1], HOST))
+    await until(confirmed.done)
+    await until(lambda: not store_of(router).waiting_bytes)
+    assert await router.stores.messages.pending_count(JULIET) == 0
+
+
+async def test_who_confirms_nothing_is_not_waited_for_for_long(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acknowledgements, "LAST_CONFIRMATION", 0.05)
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    await router.send(romeo, message("1", str(JULIET)))
+    await router.acknowledgements.confirmed(juliet)
     assert [jid for jid, _ in router.link.pings] == [juliet.jid_text]
 
 
