@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check proto proto-check drills bench bench-traffic clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
+.PHONY: help run cluster test check proto proto-check drills drills-planted bench bench-traffic clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
 
 help:  ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -58,8 +58,11 @@ proto-check: $(PROTO_BIN)/.made
 	@diff -r -x __pycache__ -x __init__.py build/proto/tidings/api tidings/api \
 	  || { echo "tidings/api is not what protos/ say: run make proto" >&2; exit 1; }
 
-drills: $(VENV)/.test test-packages  ## Break real clusters under load, and check the promise (SEEDS=N, SEED=n, LONG=1)
-	@SEEDS=$(or $(SEEDS),6) SEED=$(SEED) LONG=$(LONG) $(BIN)/python tests/drills/run.py
+drills: $(VENV)/.test test-packages  ## Break real clusters under load, and check the promise (SEEDS=N, SEED=n, LONG=1, DATABASE=galera)
+	@SEEDS=$(or $(SEEDS),5) SEED=$(SEED) LONG=$(LONG) DATABASE=$(DATABASE) $(BIN)/python tests/drills/run.py
+
+drills-planted: $(VENV)/.test test-packages  ## Plant bugs into clusters, and check that the drills find them (RUNS=N, BUG=name)
+	@RUNS=$(or $(RUNS),20) BUG=$(BUG) $(BIN)/python tests/drills/planted/run.py
 
 bench: $(VENV)/.test test-packages  ## Measure, and write docs/benchmarks.md (some minutes)
 	@command -v gcc >/dev/null || { echo "gcc is missing: apt-get install gcc libc6-dev" >&2; exit 1; }

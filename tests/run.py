@@ -2,6 +2,7 @@
 
 - python tests/run.py test      what every change must pass: a named subset where the whole takes long
 - python tests/run.py cluster   the plays in every way of running, and all drills on clusters
+- python tests/run.py test drills   one part of them
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ PLAYS = "tests/conformance/test_plays.py"
 VIOLATIONS = "tests/conformance/test_violations.py"
 CLIENTS = "tests/conformance/test_clients.py"
 COMPONENTS = "tests/contract/test_component.py"
+# Programs that say themselves what came out; they are told here how much of it is to be done in CI.
+DRILLS = "tests/drills/run.py"
+PLANTED = "tests/drills/planted/run.py"
+AMOUNTS = {"SEEDS": "5", "RUNS": "1"}
 
-# Each part is some calls of pytest. `starttls` picks one of the two transports of each play.
+# Each part is some calls of pytest, or of a program. `starttls` picks one of the two transports of each play.
 TEST = {
     "unit and contract": [["tests/unit", "tests/contract", "tests/drills"]],
     "plays on one node": [
@@ -33,6 +38,7 @@ TEST = {
     ],
     "cluster": [["tests/cluster", "-m", "not whole"]],
     "packaging and benchmarks": [["tests/packaging", "tests/bench"]],
+    "drills": [[DRILLS], [PLANTED]],
 }
 MATRIX = [
     [PLAYS, f"--nodes={nodes}", f"--strategy={strategy}", f"--way={way}", "--database=mysql"]
@@ -42,15 +48,17 @@ CLUSTER = {"plays": MATRIX, "cluster": [["tests/cluster", "-s"]]}
 PARTS = {"test": TEST, "cluster": CLUSTER}
 
 
-def main(name: str) -> int:
+def main(name: str, only: list[str]) -> int:
     times: list[tuple[str, float]] = []
     if name == "cluster":
         os.environ["LONG"] = "1"
-    for part, calls in PARTS[name].items():
+    parts = {part: calls for part, calls in PARTS[name].items() if part in (only or PARTS[name])}
+    for part, calls in parts.items():
         started = time.monotonic()
         for words in calls:
-            print(f"\n{part}: pytest {' '.join(words)}", flush=True)
-            code = subprocess.call([sys.executable, "-m", "pytest", "-q", *words])
+            command = words if words[0] in (DRILLS, PLANTED) else ["-m", "pytest", "-q", *words]
+            print(f"\n{part}: {' '.join(command)}", flush=True)
+            code = subprocess.call([sys.executable, *command], env={**AMOUNTS, **os.environ})
             if code:
                 print(f"{part}: failed", file=sys.stderr)
                 return code
@@ -63,4 +71,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

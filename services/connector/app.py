@@ -58,6 +58,8 @@ class Connector:
         self.streams = Streams(
             lambda stream: self._links.choose(stream),
             lambda router: self._links.to(router),
+            lambda router: self._links.other(router),
+            lambda router: self._links.now(router),
             self._addresses,
             self._tasks.spawn,
         )

@@ -7,17 +7,24 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from services.connector.limits import ClientLimits
+from services.connector.negotiation_events import tell
 from services.connector.rate import Rate
-from tidings.api.router.v1.router_pb2 import Moved, StreamCommand, StreamEvent, TlsInfo, Transport
+from services.connector.relocation import Relocation, SentOn
+from services.connector.session_copy import Sent, SessionCopy
+from tidings.api.router.v1.router_pb2 import (
+    SessionAttached,
+    SessionBound,
+    StreamCommand,
+    StreamEvent,
+    TlsInfo,
+    Transport,
+)
 from tidings.kit.link import Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.module import KINDS, NONZA
 from tidings.xmpp.errors import SaslError, StreamError
 from tidings.xmpp.events import (
     NonzaReceived,
-    SaslAborted,
-    SaslInitiated,
-    SaslResponded,
     StanzaReceived,
     StartTls,
     StreamEnded,
@@ -25,12 +32,16 @@ from tidings.xmpp.events import (
 )
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stream import ServerStream
+from tidings.xmpp.stream_management import ENABLE
 
 if TYPE_CHECKING:
     from services.connector.router_link import RouterLink
     from services.connector.streams import Streams
 
 log = get_logger("connector")
+
+# Stanzas of one read, beyond which a client waits for a turn of the loop, so that those of others come in between.
+TURN = 8
 
 
 class Connection(Protocol):
@@ -59,9 +70,9 @@ class ClientStream:
     """One client stream: gives the client's bytes to the protocol core, and what comes of them to the router."""
 
     __slots__ = (
-        "_auth_timer", "_connection", "_core", "_drains", "_ended", "_header", "_held_by_rate", "_held_by_router",
-        "_left", "_limits", "_link", "_loop", "_moving", "_rate", "_streams", "_tls_info", "account", "jid", "number",
-        "session", "transport_kind",
+        "_auth_timer", "_connection", "_core", "_header", "_held_by_rate", "_held_by_router", "_limits", "_loop",
+        "_rate", "_tls_info", "_unread", "account", "copy", "ended", "jid", "link", "number", "relocation", "sent_on",
+        "session", "streams", "transport_kind",
     )  # fmt: skip
 
     def __init__(
@@ -74,7 +85,7 @@ class ClientStream:
         tls_info: Callable[[], TlsInfo | None],
         transport_kind: Transport.ValueType = Transport.TRANSPORT_TCP,
     ) -> None:
-        self._streams = streams
+        self.streams = streams
         self.number = number
         self._connection = connection
         self._core = core
@@ -83,18 +94,21 @@ class ClientStream:
         self.transport_kind = transport_kind
         self._loop = asyncio.get_running_loop()
         # The router that serves this stream, from its first header on.
-        self._link: RouterLink | None = None
+        self.link: RouterLink | None = None
         self.session = ""
         self.jid = ""
         self.account = ""
-        self._ended = False
+        self.ended = False
         self._held_by_rate = False
         self._held_by_router = False
-        # While the stream is on its way to another router: what the client sends; how the stream has ended since
-        # (clean, and the reason); where the client is to go since this connector drains. Else None.
-        self._moving: list[bytes] | None = None
-        self._left: tuple[bool, str] | None = None
-        self._drains: str | None = None
+        # What came while the router takes nothing more; it waits as it came, and no more is read.
+        self._unread: list[bytes] = []
+        # While it is not settled which router gets what comes of the stream.
+        self.relocation: Relocation | None = None
+        # While a router that it was sent on to has not answered.
+        self.sent_on: SentOn | None = None
+        # The copy of its session, where the router is in another process.
+        self.copy: SessionCopy | None = None
         # Of the last stream header: host, language, whether encrypted.
         self._header = ("", "", False)
         self._rate = Rate(limits)
@@ -106,10 +120,14 @@ class ClientStream:
 
     def received(self, data: bytes) -> None:
         """Takes bytes of the client."""
-        if self._ended:
+        if self.ended:
             return
-        if self._moving is not None:
-            self._moving.append(data)
+        if self.relocation is not None:
+            self.relocation.waiting += [*self._take_unread(), data]
+            return
+        if self._held_by_router or (self.link is not None and self.link.congested):
+            self._unread.append(data)
+            self.set_reading()
             return
         try:
             self._received(data)
@@ -120,7 +138,8 @@ class ClientStream:
     def _received(self, data: bytes) -> None:
         events = self._core.receive_data(data)
         session = self.session
-        link = self._link
+        link = self.link
+        copy = self.copy
         stanzas = 0
         for event in events:
             # A stanza of a bound session first: that is what nearly all events are.
@@ -129,43 +148,51 @@ class ClientStream:
                 element = event.element
                 attrs = element.attrs
                 raw = event.stamped
-                link.outbox.begin(len(raw)).add(
-                    origin=session,
-                    kind=KINDS[element.name],
-                    type=attrs.get("type", ""),
-                    id=attrs.get("id", ""),
-                    to_jid=attrs.get("to", ""),
-                    children=element.children,
-                    stanza=raw,
-                )
+                sent = Sent(
+                    KINDS[element.name], attrs.get("type", ""), attrs.get("id", ""), attrs.get("to", ""),
+                    element.children, raw,
+                )  # fmt: skip
+                if copy is not None:
+                    copy.sent(sent)
+                link.send(session, sent)
             elif type(event) is NonzaReceived and session and link is not None:
                 element = event.element
-                link.outbox.begin(len(element.raw)).add(
-                    origin=session, kind=NONZA, type=element.name, id=element.attrs.get("h", ""), stanza=element.raw
-                )
+                sent = Sent(NONZA, element.name, element.attrs.get("h", ""), "", [], element.raw)
+                if copy is not None and element.name == ENABLE:
+                    # What else there is may be lost: the client says it again, or is told without asking.
+                    copy.sent(sent)
+                link.send(session, sent)
             else:
                 self._event(event)
                 session = self.session
-                link = self._link
+                link = self.link
+                copy = self.copy
         until = self._rate.count(self._loop.time(), len(data), stanzas)
         if until and not self._held_by_rate:
             self._held_by_rate = True
-            self._streams.slowed += 1
-            self._set_reading()
+            self.streams.slowed += 1
+            self.set_reading()
             self._loop.call_at(until, self._rate_over)
+        elif stanzas > TURN and not self._held_by_rate:
+            self._held_by_rate = True
+            self.set_reading()
+            self._loop.call_soon(self._rate_over)
         if link is not None and link.congested:
             # The router does not take what we send: no more is read, until it does.
-            self._set_reading()
+            self.set_reading()
         self._flush()
 
     def _rate_over(self) -> None:
         self._held_by_rate = False
-        self._set_reading()
+        self.set_reading()
 
-    def _set_reading(self) -> None:
-        if not self._ended:
-            congested = self._link is not None and self._link.congested
-            held = self._held_by_rate or self._held_by_router or self._moving is not None
+    def set_reading(self) -> None:
+        """Reads the client, or does not, as things are now."""
+        if not self.ended:
+            congested = self.link is not None and self.link.congested
+            if congested and self.link is not None:
+                self.link.held[self] = None
+            held = self._held_by_rate or self._held_by_router or self.relocation is not None
             self._connection.set_reading(not (held or congested))
 
     def tls_started(self) -> None:
@@ -173,11 +200,26 @@ class ClientStream:
 
     def disconnected(self, reason: str) -> None:
         """The transport is gone."""
-        if self._moving is not None and self.session:
+        if self.relocation is not None and self.session:
             # What the client has sent before counts, at the router that gets it.
-            self._left = self._left or (False, reason)
+            self.relocation.waiting += self._take_unread()
+            self.relocation.left = self.relocation.left or (False, reason)
         else:
+            try:
+                for data in self._take_unread():
+                    self._received(data)
+            except Overflow:
+                pass  # it has been told of none of that
             self._end(False, reason)
+
+    def _go_on_reading(self) -> None:
+        for data in self._take_unread():
+            self.received(data)
+        self.set_reading()
+
+    def _take_unread(self) -> list[bytes]:
+        unread, self._unread = self._unread, []
+        return unread
 
     # --- what the core makes of it ---
 
@@ -187,51 +229,32 @@ class ClientStream:
             self._opened(event)
         elif kind is StartTls:
             self._flush()
-            self._streams.spawn(self._connection.start_tls(self._core.host), f"starttls of stream {self.number}")
-        elif kind is SaslInitiated:
-            if (to_router := self._to_router()) is not None:
-                to_router.sasl_initiate.mechanism = event.mechanism
-                to_router.sasl_initiate.has_data = event.data is not None
-                to_router.sasl_initiate.data = event.data or b""
-        elif kind is SaslResponded:
-            if (to_router := self._to_router()) is not None:
-                to_router.sasl_response.data = event.data
-        elif kind is SaslAborted:
-            if (to_router := self._to_router()) is not None:
-                to_router.sasl_abort.SetInParent()
-        elif kind is StanzaReceived or kind is NonzaReceived:
-            if (to_router := self._to_router()) is not None:
-                element = event.element
-                stanza = to_router.stanza
-                stanza.kind = KINDS.get(element.name, NONZA)
-                stanza.type = element.attrs.get("type", "") if element.name in KINDS else element.name
-                stanza.id = element.attrs.get("id" if element.name in KINDS else "h", "")
-                stanza.to_jid = element.attrs.get("to", "")
-                stanza.children.extend(element.children)
-                stanza.stanza = element.raw if kind is NonzaReceived else event.stamped
+            self.streams.spawn(self._connection.start_tls(self._core.host), f"starttls of stream {self.number}")
         elif kind is StreamEnded:
             self._flush()
             error: StreamError | None = event.error
             self._end(error is None, "closed by the client" if error is None else error.condition)
             self._connection.close()
+        elif (to_router := self._to_router()) is not None:
+            tell(to_router, event)
 
     def _to_router(self) -> StreamEvent | None:
-        return self._link.event(self.number) if self._link is not None else None
+        return self.link.event(self.number) if self.link is not None else None
 
     def _opened(self, event: StreamOpened) -> None:
-        if self._link is None:
-            self._link = self._streams.choose(self)
-            if self._link is None:
+        if self.link is None:
+            self.link = self.streams.choose(self)
+            if self.link is None:
                 # No router to be had: the client should try again, perhaps at another connector.
                 self.close("internal-server-error", "no router is in reach; try again in a moment")
                 return
         self._header = (event.host, event.lang, event.tls)
-        self._tell_opened(b"")
+        self.tell_opened(b"")
 
-    def _tell_opened(self, ticket: bytes) -> None:
+    def tell_opened(self, ticket: bytes) -> None:
         """Tells the router of the last stream header."""
-        assert self._link is not None
-        opened = self._link.event(self.number).opened
+        assert self.link is not None
+        opened = self.link.event(self.number).opened
         opened.ticket = ticket
         opened.host, opened.lang, encrypted = self._header
         opened.transport = self.transport_kind
@@ -248,9 +271,21 @@ class ClientStream:
         """Does what the router says."""
         which = command.WhichOneof("command")
         if which == "moved":
-            self._moved(command.moved)
+            self._relocate().moved(command.moved)
             return
-        if self._ended:
+        if self.sent_on is not None:
+            self.sent_on.answered()
+        if which == "attached":
+            self._attached(command.attached)
+            return
+        if which == "state":
+            if self.copy is not None:
+                self.copy.state(command.state)
+            return
+        if which == "close" and self.relocation is not None and self.relocation.reattaching:
+            self.relocation.refused(command.close.text)
+            return
+        if self.ended:
             return
         if which == "features":
             self._core.features(command.features.children)
@@ -268,18 +303,12 @@ class ClientStream:
         elif which == "element":
             self._core.send(command.element)
         elif which == "session_bound":
-            bound = command.session_bound
-            self.session = bound.session
-            self.jid = bound.jid
-            self._streams.bound(self)
-            self._core.bound(Jid.parse(bound.jid), bound.reply)
+            self._bound(command.session_bound)
         elif which == "set_reading":
             self._held_by_router = not command.set_reading.reading
-            self._set_reading()
+            self._go_on_reading()
         elif which == "prepare_move":
-            if self._moving is None:
-                self._moving = []
-            self._set_reading()
+            self._relocate()
             if (to_router := self._to_router()) is not None:
                 to_router.move_ready.attempt = command.prepare_move.attempt
             return
@@ -296,44 +325,40 @@ class ClientStream:
                 self._event(event)
         self._flush()
 
-    def _moved(self, moved: Moved) -> None:
-        """The stream goes on at another router, or at the same one when the move did not come about."""
-        if not moved.ticket:
-            self._go_on()
-            return
-        # What it sent to the old one has been taken there; nothing more goes that way.
-        if self._moving is None:
-            self._moving = []
-        self._link = None
-        self._streams.spawn(self._move(moved), f"stream {self.number} goes to another router")
+    def _bound(self, bound: SessionBound) -> None:
+        self.session = bound.session
+        self.jid = bound.jid
+        self.streams.bound(self)
+        if bound.HasField("record") and self.link is not None:
+            self.copy = SessionCopy(self.link.node.incarnation)
+            self.copy.begin(bound.record, bound.ticket)
+        self._core.bound(Jid.parse(bound.jid), bound.reply)
 
-    async def _move(self, moved: Moved) -> None:
-        self._link = await self._streams.link_to(moved.router_incarnation)
-        if self._link is None:
-            self.close("system-shutdown", "the router that serves this stream is out of reach")
-        elif self.session:
-            attach = self._link.event(self.number).attach
-            attach.ticket, attach.left = moved.ticket, self._left is not None
-        elif not self._ended:
-            self._tell_opened(moved.ticket)
-        self._go_on()
+    def _attached(self, attached: SessionAttached) -> None:
+        """The router serves the session of this stream."""
+        if not attached.HasField("record"):
+            if self.relocation is not None:
+                self.relocation.attached(attached)
+            elif self.copy is not None and not self.copy.is_whole:
+                self.copy = None  # there is to be none
+        elif self.copy is not None:
+            self.copy.begin(attached.record, attached.ticket)
 
-    def _go_on(self) -> None:
-        """It is settled which router serves the stream: that one gets all that has waited."""
-        waiting, self._moving = self._moving or [], None
-        self._set_reading()
-        for data in waiting:
-            self.received(data)
-        drains, self._drains = self._drains, None
-        if self._left is not None:
-            self._ended = True
-            self._tell_end(*self._left)
-        elif drains is not None:
-            self.drain(drains)
+    def _relocate(self) -> Relocation:
+        if self.relocation is None:
+            self.relocation = Relocation(self)
+            self.set_reading()
+        return self.relocation
+
+    def surrender(self, link: RouterLink) -> None:
+        """The session's router does not answer: this one takes it over."""
+        if self.copy is not None and self.copy.is_whole and not self.ended and self.relocation is None:
+            self._held_by_router = False
+            self._relocate().surrender(link)
 
     def deliver(self, raw: bytes) -> None:
-        """Writes a stanza to the client."""
-        if self._ended:
+        """Writes an element to the client."""
+        if self.ended:
             return
         connection = self._connection
         connection.write(raw)
@@ -349,7 +374,7 @@ class ClientStream:
     def abandon(self) -> None:
         """Drops the connection without a closing tag, so that the client takes its session for one that waits for it
         (XEP-0198 5)."""
-        if self._ended:
+        if self.ended:
             return
         self._flush()
         self._end(False, "the connector drains")
@@ -357,7 +382,7 @@ class ClientStream:
 
     def close(self, condition: str = "", text: str = "", condition_text: str = "", application: bytes = b"") -> None:
         """Ends the stream from our side: an error if there is a condition, then the closing tag."""
-        if self._ended:
+        if self.ended:
             return
         error = StreamError(condition, text, content=condition_text, application=application) if condition else None
         self._core.close(error)
@@ -368,8 +393,8 @@ class ClientStream:
 
     def drain(self, elsewhere: str) -> None:
         """The connector takes its leave: a client without a session is sent to another one."""
-        if self._moving is not None and self.session:
-            self._drains = elsewhere
+        if self.relocation is not None and self.session:
+            self.relocation.drains = elsewhere
         elif self.session and (to_router := self._to_router()) is not None:
             # The router closes it, behind all that is on its way to this client.
             to_router.leaving.SetInParent()
@@ -380,23 +405,32 @@ class ClientStream:
 
     def refuse(self) -> None:
         """Turns a connection away that has only just been made: its address has too many."""
-        self._ended = True
+        self.ended = True
         self._authenticated()
         # RFC 6120 4.9.3.17; a header of ours goes before it (4.9.1.2).
         self._core.close(StreamError("resource-constraint", "too many connections from this address"))
         self._flush()
         self._connection.close()
 
-    def router_lost(self) -> None:
-        """The link to the router is gone: this stream cannot go on."""
-        self._link = self._moving = None
-        if self._left is not None:
-            self._ended = True
-            self._tell_end(*self._left)
+    def router_lost(self, gone: bool) -> None:
+        """The link to the router is over. Where the router is gone, a session of which there is a copy goes on at
+        another one; any other stream ends."""
+        router, self.link = (self.link.node.incarnation if self.link is not None else ""), None
+        left = self.relocation.left if self.relocation is not None else None
+        if gone and self.copy is not None and self.copy.is_whole and (not self.ended or left is not None):
+            self._held_by_router = False
+            self._relocate().lost(router)
+            return
+        self.relocation = None
+        if gone and self.sent_on is not None and not self.ended:
+            self.sent_on.lost(router)
+            return
+        if left is not None:
+            self.tell_end(*left)
         self.close("system-shutdown", "the router that served this stream is gone; please connect again")
 
     def router_relieved(self) -> None:
-        self._set_reading()
+        self._go_on_reading()
 
     def _auth_took_too_long(self) -> None:
         self._auth_timer = None
@@ -413,32 +447,35 @@ class ClientStream:
             self._connection.write(data)
 
     def _end(self, clean: bool, reason: str) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         self._authenticated()
-        if self._moving is not None and self.session:
+        if self.relocation is not None and self.session:
             # Which router is to be told is not settled.
-            self._left = self._left or (clean, reason)
+            self.relocation.left = self.relocation.left or (clean, reason)
         else:
-            self._tell_end(clean, reason)
+            self.tell_end(clean, reason)
 
-    def _tell_end(self, clean: bool, reason: str) -> None:
-        self._left = None
-        if self._link is not None:
-            closed = self._link.event(self.number).closed
+    def tell_end(self, clean: bool, reason: str) -> None:
+        """The stream has ended, and its router is told."""
+        self.ended = True
+        if self.sent_on is not None:
+            self.sent_on.answered()
+        copy, self.copy = self.copy, None
+        if copy is not None and copy.resumable and not clean:
+            # The session waits for its client, at its router; its copy waits here.
+            self.streams.copies.keep(self.session, copy)
+        if self.link is not None:
+            closed = self.link.event(self.number).closed
             closed.clean = clean
             closed.reason = reason
-        self._streams.remove(self, reason)
-        self._link = None
+        self.streams.remove(self, reason)
+        self.link = None
         # Not at once: this may be called while the parser is at work.
         self._loop.call_soon(self._core.release)
 
     # --- what others see of it ---
-
-    @property
-    def link(self) -> RouterLink | None:
-        return self._link
 
     @property
     def encrypted(self) -> bool:
@@ -449,4 +486,4 @@ class ClientStream:
         return self._connection.peer
 
     def send_queue_bytes(self) -> int:
-        return 0 if self._ended else self._connection.send_queue_bytes()
+        return 0 if self.ended else self._connection.send_queue_bytes()

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamEvent
+from tidings.api.router.v1.router_pb2 import (
+    AttachHello,
+    AttachRequest,
+    AttachResponse,
+    SessionProgress,
+    StreamEvent,
+)
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
 from tidings.cluster.hashing import rendezvous
 from tidings.cluster.node import Node, NodeState
-from tidings.kit.link import INTERVAL, Outbox, Overflow, in_order
+from tidings.kit.link import INTERVAL, Gap, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
+from tidings.kit.module import NONZA
 from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.tasks import Tasks, is_cancelled
 
 if TYPE_CHECKING:
     from services.connector.client_stream import ClientStream
+    from services.connector.session_copy import Sent
     from services.connector.streams import Streams
     from tidings.kit.channel import Channels
     from tidings.kit.membership import Member
@@ -36,19 +44,36 @@ LINK_TIMEOUT = 5.0
 
 
 class RouterLink:
-    """One link to one router: sends what happens to streams, and does what the router answers."""
+    """One link to one router: sends what happens to streams, and does what the router answers. A link to another
+    process outlives its calls; it ends when the router has failed."""
 
-    def __init__(self, streams: Streams, node: Node, local: bool, cut_off: Callable[[], Any]) -> None:
-        """`cut_off` ends the call of a router that does not take what it is sent."""
+    def __init__(self, streams: Streams, node: Node, local: bool) -> None:
         self.node = node
+        # The router is in this process.
+        self.local = local
         self._streams = streams
-        self._cut_off = cut_off
-        self.outbox: Outbox[AttachRequest] = Outbox(AttachRequest, 0 if local else INTERVAL)
+        # The call that carries it now.
+        self.call: Any = None
+        # A call has been answered.
+        self.welcomed = False
+        # The router is gone; or it has not taken what it was sent, or has forgotten the link.
+        self.gone = False
+        self.broken = False
+        self.outbox: Outbox[AttachRequest] = Outbox(AttachRequest, 0 if local else INTERVAL, resumable=not local)
         self.outbox.on_relief = self._relieved
+        # Streams that are not read until the router takes more; who was read last stands last.
+        self.held: dict[ClientStream, None] = {}
 
     @property
     def congested(self) -> bool:
         return self.outbox.congested
+
+    def send(self, session: str, sent: Sent) -> None:
+        """What the client of a session has sent. Raises Overflow."""
+        kind, type_, id_, to, children, raw, answered = sent
+        self.outbox.begin(len(raw)).add(
+            origin=session, kind=kind, type=type_, id=id_, to_jid=to, children=children, stanza=raw, answered=answered
+        )
 
     def event(self, stream: int) -> StreamEvent:
         """An event of a stream, behind all its stanzas; the caller fills it in."""
@@ -57,33 +82,67 @@ class RouterLink:
         except Overflow as error:
             # Its streams end with the call: whoever tells something here need not care.
             log.error("router_does_not_take", router=self.node.hostname, reason=str(error))
-            self._cut_off()
+            self.broken = True
+            if self.call is not None:
+                self.call.cancel()
             return StreamEvent()
         return batch.events.add(stream=stream, position=len(batch.envelopes))
 
     def receive(self, response: AttachResponse) -> None:
-        """Takes a batch from the router."""
-        by_session = self._streams.by_session
+        """Takes a batch from the router. Raises Gap."""
+        if self.local:
+            self.outbox.received = response.sequence
+        else:
+            self.outbox.confirmed(response.received_through)
+            if not response.sequence or not self.outbox.take(response.sequence):
+                return
+            if response.prompt:
+                self.outbox.confirm_at_once()
+            else:
+                self.outbox.confirm_soon()
+            for progress in response.progress:
+                self._progress(progress)
         if not response.commands:
             for envelope in response.envelopes:
-                stream = by_session.get(envelope.target)
-                if stream is not None:
-                    stream.deliver(envelope.stanza)
+                self._deliver(envelope)
             return
         for item in in_order(response.envelopes, response.commands):
             if isinstance(item, Envelope):
-                stream = by_session.get(item.target)
-                if stream is not None:
-                    stream.deliver(item.stanza)
-            else:
-                stream = self._streams.get(item.stream)
-                if stream is not None:
-                    stream.command(item)
+                self._deliver(item)
+            elif not item.stream:
+                self._streams.copies.command(self, item)
+            elif (stream := self._streams.get(item.stream)) is not None and stream.link is self:
+                stream.command(item)
+
+    def _deliver(self, envelope: Envelope) -> None:
+        stream = self._streams.by_session.get(envelope.target)
+        if stream is None:
+            self._streams.copies.delivered(self, envelope)
+        elif stream.link is self:  # else it has gone on at another router
+            raw = envelope.stanza
+            if stream.copy is not None and envelope.kind != NONZA:
+                stream.copy.delivered(envelope, raw)
+            stream.deliver(raw)
+
+    def _progress(self, progress: SessionProgress) -> None:
+        stream = self._streams.by_session.get(progress.session)
+        if stream is None:
+            self._streams.copies.progress(self, progress)
+        elif stream.link is self and stream.copy is not None:
+            stream.copy.progress(progress)
 
     def _relieved(self) -> None:
+        held, self.held = self.held, {}
+        for stream in held:
+            stream.router_relieved()
+
+    def ended(self) -> None:
+        """Nothing more comes of it. What there is a copy of goes on at another router, if this one is gone."""
         for stream in self._streams:
             if stream.link is self:
-                stream.router_relieved()
+                stream.router_lost(self.gone)
+        if self.gone:
+            self._streams.copies.router_gone(self)
 
 
 class RouterLinks:
@@ -145,63 +204,97 @@ class RouterLinks:
             return None
         return link
 
+    def now(self, router: str) -> RouterLink | None:
+        """The link to a router, if there is one."""
+        return self._links.get(router)
+
+    async def other(self, router: str) -> RouterLink | None:
+        """The link to a router that is not this one: the one in this process, else any; None when there is none
+        before long."""
+        try:
+            async with asyncio.timeout(LINK_TIMEOUT):
+                while not (up := [link for link in self._links if link != router and self._is_up(link)]):
+                    await self._come.wait()
+        except TimeoutError:
+            return None
+        return self._links[self._own.incarnation if self._own.incarnation in up else secrets.choice(up)]
+
     async def _keep(self, node: Node) -> None:
         """Attaches to a router, again and again, until cancelled: it has failed or is gone."""
-        while True:
-            pause = RETRY
-            try:
-                await self._attach(node)
-                why = "the call ended"
-            except grpc.RpcError as error:
-                why = describe(error)
-                if error_detail(error) is None:
-                    self._member.report(node, why)
-                else:
-                    pause = SOON  # it has answered
-            except (TimeoutError, OSError) as error:
-                why = str(error) or "no answer"
-                self._member.report(node, why)
-            except asyncio.CancelledError:
-                if is_cancelled():
-                    raise
-                why = "this side ended the call"
-            log.debug("router_link_down", router=node.hostname, reason=why)
-            await asyncio.sleep(pause)
+        link = RouterLink(self._streams, node, node.incarnation == self._own.incarnation)
+        try:
+            while True:
+                pause = await self._try(link)
+                if link.local or link.broken:
+                    link.ended()
+                    link = RouterLink(self._streams, node, link.local)
+                await asyncio.sleep(pause)
+        finally:
+            if self._keeping.get(node.incarnation) is not asyncio.current_task():
+                link.gone = True
+                link.ended()
 
-    async def _attach(self, node: Node) -> None:
-        local = node.incarnation == self._own.incarnation
+    async def _try(self, link: RouterLink) -> float:
+        """One call; the seconds until the next one."""
+        node = link.node
+        pause = RETRY
+        try:
+            await self._attach(link)
+            why = "the call ended"
+        except grpc.RpcError as error:
+            why = describe(error)
+            if error_detail(error) is None:
+                self._member.report(node, why)
+            else:
+                pause = SOON  # it has answered
+        except (TimeoutError, OSError) as error:
+            why = str(error) or "no answer"
+            self._member.report(node, why)
+        except Gap as error:
+            why = str(error)
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            why = "this side ended the call"
+        log.debug("router_link_down", router=node.hostname, reason=why)
+        return pause
+
+    async def _attach(self, link: RouterLink) -> None:
+        node, outbox = link.node, link.outbox
         stub: Any = RouterServiceStub(self._channels.to(node))
         call: Any = stub.Attach()
-        link = RouterLink(self._streams, node, local, call.cancel)
-        hello = link.outbox.begin_item().hello
-        hello.connector_incarnation = self._own.incarnation
-        hello.view_version = self._member.view.version
-        hello.location = self._location
+        link.call = call
         writers = Tasks(lambda _name, _error: call.cancel())
-        writers.spawn(link.outbox.run(call.write), f"writes to router {node.hostname}")
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT):
+                hello = AttachHello(
+                    connector_incarnation=self._own.incarnation, resume_after=outbox.received,
+                    view_version=self._member.view.version, location=self._location, fresh=not link.welcomed,
+                )  # fmt: skip
+                await call.write(AttachRequest(hello=hello))
                 response = await call.read()
-            if response is grpc.aio.EOF:
+            if response is grpc.aio.EOF or not response.HasField("welcome"):
                 return
             self._member.reaches(node)
+            if link.welcomed and response.welcome.fresh:
+                log.warning("router_forgot_link", router=node.hostname)
+                link.broken = True
+                return
+            link.welcomed = True
+            if not link.local:
+                outbox.resume(response.welcome.resume_after)
+            writers.spawn(outbox.run(call.write), f"writes to router {node.hostname}")
             self._links[node.incarnation] = link
             self._attached.set()
             self._come.set()
             self._come = asyncio.Event()
             log.debug("router_attached", router=node.hostname)
-            while response is not grpc.aio.EOF:
-                link.outbox.received = response.sequence
+            while (response := await call.read()) is not grpc.aio.EOF:
                 link.receive(response)
-                response = await call.read()
         finally:
-            lost = self._links.pop(node.incarnation, None) is not None
+            if self._links.pop(node.incarnation, None) is not None:
+                log.info("router_lost", router=node.hostname)
             if not self._links:
                 self._attached.clear()
             call.cancel()
             await writers.stop()
-            if lost:
-                log.info("router_lost", router=node.hostname)
-                for stream in self._streams:
-                    if stream.link is link:
-                        stream.router_lost()

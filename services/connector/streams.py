@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from services.connector.copies import Copies
 from tidings.kit.logging import get_logger
 
 if TYPE_CHECKING:
@@ -22,17 +23,25 @@ class Streams:
         self,
         choose: Callable[[ClientStream], RouterLink | None],
         link_to: Callable[[str], Awaitable[RouterLink | None]],
+        other_link: Callable[[str], Awaitable[RouterLink | None]],
+        link_now: Callable[[str], RouterLink | None],
         addresses: Addresses,
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self.choose = choose
         # The link to a router, by its incarnation; waits a while for one that is only just coming.
         self.link_to = link_to
+        # The link to any router but one that is gone; waits a while for one.
+        self.other_link = other_link
+        # The link to a router, if there is one now.
+        self.link_now = link_now
         self.addresses = addresses
         self.spawn = spawn
         self._next = 0
         self._by_number: dict[int, ClientStream] = {}
         self.by_session: dict[str, ClientStream] = {}
+        # Copies of sessions that have no stream here.
+        self.copies = Copies(self)
         # Totals for metrics.
         self.opened = 0
         self.refused = 0
@@ -61,12 +70,13 @@ class Streams:
         return [self._by_number[candidate] for candidate in numbers[:most]]
 
     def bound(self, stream: ClientStream) -> None:
+        self.copies.forget(stream.session)
         self.by_session[stream.session] = stream
 
     def remove(self, stream: ClientStream, reason: str) -> None:
         if self._by_number.pop(stream.number, None) is None:
             return
         self.addresses.leave(stream.peer[0])
-        if stream.session:
-            self.by_session.pop(stream.session, None)
+        if self.by_session.get(stream.session) is stream:
+            del self.by_session[stream.session]
         log.debug("stream_ended", stream=stream.number, jid=stream.jid, reason=reason)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from services.router import delivery
 from services.router.answers import Answers, Pending
 from services.router.deliveries import REQUESTS, Deliveries
 from services.router.delivery import Action, Addressed
+from services.router.messages import CLAIMED
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Forwarder, Item
@@ -30,8 +32,10 @@ log = get_logger("router")
 
 # How often an item was missed: nobody took it where the strategy said; nor where the table said.
 TABLE_ASKED = 2
-# Seconds to wait for a view that shows a router which only the table knows.
-NEWER_VIEW = 1.0
+# Seconds for a session that the table has at a router which is not in the view: till then that one has come, or
+# others have taken it over or ended it (orphans.py); and between two looks.
+SETTLED = 7.0
+LOOK = 0.25
 
 
 class AccountDelivery:
@@ -106,23 +110,38 @@ class AccountDelivery:
         if item.resource:
             match = sessions.get(item.resource)
             if match is not None:
-                self.give(match, envelope, item.waiter)
+                self.give(match, envelope, item.waiter, alone=True)
             return match is not None
         kind = envelope.kind
         present = (
             delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(sessions.values())
         )
+        if kind == MESSAGE and len(present) == 1:
+            self.give(present[0], envelope, item.waiter)
+            return True
         if kind == MESSAGE and present:
-            self._safety.given(envelope, present[0].jid.bare, present[0].id, item.waiter)
+            self._safety.given(envelope, present[0].jid.bare, self._holder(present), item.waiter)
         for receiver in present:
             self._deliveries.to_session(receiver, envelope)
         return bool(present)
 
-    def give(self, session: Session, envelope: Envelope, waiter: Waiter | None = None) -> None:
-        """To one session, whatever it is (8.5.3.1)."""
-        if envelope.kind == MESSAGE:
-            self._safety.given(envelope, session.jid.bare, session.id, waiter)
+    def give(self, session: Session, envelope: Envelope, waiter: Waiter | None = None, alone: bool = False) -> None:
+        """To one session, whatever it is (8.5.3.1). `alone`: no other one, here or elsewhere, is given it."""
+        if envelope.kind != MESSAGE:
+            self._deliveries.to_session(session, envelope)
+            return
+        copied = self._deliveries.is_copied(session)
+        holder = CLAIMED + session.id if alone else self._holder((session,))
+        safe = self._safety.given(envelope, session.jid.bare, holder, waiter, copied)
         self._deliveries.to_session(session, envelope)
+        if safe is not None and session.holder is not None:
+            session.holder.when_copied(safe)
+
+    def _holder(self, sessions: Sequence[Session]) -> str:
+        """Of those that a message is for, the first one that is given it now; else the one that gets it from the
+        store, when it has read what goes before it, and that nobody else has had it."""
+        taker = next(filter(self._deliveries.takes, sessions), None)
+        return taker.id if taker is not None else CLAIMED + sessions[0].id
 
     def _may_move(self, account: str) -> bool:
         """Whether sessions of an account may be on their way to another router."""
@@ -140,8 +159,11 @@ class AccountDelivery:
     async def _ask_table(self, item: Item) -> None:
         try:
             nodes = await self._by_table(item)
-            if nodes - self.others - {self._own} and await self._newer_view(NEWER_VIEW):
-                # A router that has only just come, or has just been put out.
+            loop = asyncio.get_running_loop()
+            ends = loop.time() + SETTLED
+            while nodes - self.others - {self._own} and loop.time() < ends:
+                # A router that has only just come; or one that is gone: its sessions are taken over, or ended.
+                await self._newer_view(LOOK)
                 nodes = await self._by_table(item)
             elsewhere = tuple(sorted(nodes & self.others))
             if elsewhere:

@@ -58,6 +58,10 @@ class Acknowledgements:
         self._deliveries = deliveries
         self._safety = safety
         self._resume_timeout = resume_timeout
+        # Told of a session whose client has confirmed something.
+        self.confirmed_by: Callable[[Session], None] = lambda _session: None
+        # Sees to it that another connector holds a copy of a session that may be resumed.
+        self.cover: Callable[[Session], None] = lambda _session: None
         # Sessions that are to be told what is handled.
         self._owed: dict[str, Session] = {}
         # Sessions that got something that they have not been asked about.
@@ -76,8 +80,7 @@ class Acknowledgements:
         name = envelope.type
         if name == REQUEST and session.inbound.counts:
             # 4: at once, whatever is under way; what becomes safe later is told later.
-            link.write(session, ack(session.inbound.h))
-            session.asks = session.inbound.is_behind
+            _tell_h(link, session)
         elif name == ACK and session.inbound.counts:
             self._acknowledged(link, session, envelope.id)
         elif name == ENABLE:
@@ -92,6 +95,7 @@ class Acknowledgements:
     def _acknowledged(self, link: ConnectorLink, session: Session, h: str) -> None:
         try:
             self._safety.acknowledged(session, session.outbound.acknowledge(count_of(h)))
+            self.confirmed_by(session)
         except TooHigh as error:
             link.close(session.stream, error.condition, error.text, error.application)
         except StanzaError as error:
@@ -112,10 +116,16 @@ class Acknowledgements:
         else:
             link.write(session, enabled())
         session.outbound.enable()
+        if session.holder is not None:
+            session.changed()
+        else:
+            self.cover(session)
 
     # --- what the client is told ---
 
     def _safe(self, session: Session) -> None:
+        if session.holder is not None:
+            session.changed()
         if session.withheld is not None:
             self._deliveries.let_go(session)
         if session.asks and session.id not in self._owed:
@@ -129,8 +139,7 @@ class Acknowledgements:
         for session in owed.values():
             link = session.link
             if link is not None:
-                link.write(session, ack(session.inbound.h))
-                session.asks = session.inbound.is_behind
+                _tell_h(link, session)
 
     # --- what the client is asked ---
 
@@ -157,6 +166,18 @@ class Acknowledgements:
             elif not session.pinged and not self._ping(session):
                 self._unasked[session.id] = session
 
+    def begin_again(self, session: Session) -> None:
+        """A session was taken over from a router that is gone: what its client has asked or said, and what it was
+        asked, may be lost."""
+        if session.link is None:
+            return
+        if session.inbound.counts:
+            _tell_h(session.link, session)
+            if session.outbound.queue:
+                self.ask(session)
+        elif session.outbound.queue:
+            self._sent(session)
+
     def ask(self, session: Session) -> None:
         session.outbound.asked = session.outbound.sent
         assert session.link is not None
@@ -177,8 +198,8 @@ class Acknowledgements:
         return True
 
     async def confirmed(self, session: Session) -> None:
-        """Waits, not for long, until a client without XEP-0198 has confirmed all messages that it got: the others would
-        be offered again to its next session."""
+        """Waits, not for long, until a client without XEP-0198 has confirmed all messages that it got: the others
+        would be offered again to its next session."""
         deadline = asyncio.get_running_loop().time() + LAST_CONFIRMATION
         while session.outbound.queue and self._deliveries.is_open(session):
             if asyncio.get_running_loop().time() > deadline:
@@ -194,6 +215,7 @@ class Acknowledgements:
             return False
         session.pinged = 0
         self._safety.acknowledged(session, session.outbound.confirm(int(number)))
+        self.confirmed_by(session)
         if session.outbound.asked < session.outbound.sent:
             self._sent(session)
         return True
@@ -202,3 +224,12 @@ class Acknowledgements:
         while True:
             await asyncio.sleep(LOOK)
             self.look()
+
+
+def _tell_h(link: ConnectorLink, session: Session) -> None:
+    if session.holder is not None:
+        # What is told to be handled, a copy need not keep: it learns of that first.
+        session.holder.tell_progress()
+        link.tell_progress()
+    link.write(session, ack(session.inbound.h))
+    session.asks = session.inbound.is_behind

@@ -21,7 +21,7 @@ from tidings.api.router.v1.router_pb2 import AdoptSessionRequest, SessionAttach,
 from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
-from tidings.kit.module import PRESENCE, Hooks
+from tidings.kit.module import PRESENCE, Hooks, SessionHandler
 from tidings.kit.rpc_errors import TidingsError
 from tidings.xmpp.jid import Jid, JidError
 
@@ -223,7 +223,7 @@ class Adoption:
         if arrival is not None:
             self._go_on(session, arrival)
         else:
-            session.lane.run(self.tell, session)
+            session.lane.run(tell, self._hooks.session_attached, session)
 
     def attached(self, session: Session) -> None:
         """The link serves the stream now."""
@@ -246,17 +246,8 @@ class Adoption:
             deliveries.to_session(session, envelope)
         for envelope in frozen or ():
             deliveries.deliver(session, envelope)
-        session.lane.run(self.tell, session)
+        session.lane.run(tell, self._hooks.session_attached, session)
         self.place(session)
-
-    async def tell(self, session: Session) -> None:
-        for handler in self._hooks.session_attached:
-            try:
-                result = handler(session)
-                if result is not None:
-                    await result
-            except Exception:
-                log.exception("session_attached_failed", session=session.id)
 
     def ended(self, session: Session) -> list[Envelope]:
         """The session is on its way no longer; what has waited for it meanwhile, in order."""
@@ -268,6 +259,17 @@ class Adoption:
         arrival.told.set()
         early, session.early = session.early, None
         return list(in_order(arrival.given, early or ()))
+
+
+async def tell(handlers: Iterable[SessionHandler], session: Session) -> None:
+    """Tells modules of a session that has come here."""
+    for handler in handlers:
+        try:
+            result = handler(session)
+            if result is not None:
+                await result
+        except Exception:
+            log.exception("session_attached_failed", session=session.id)
 
 
 def in_order(given: list[Envelope], early: Iterable[Envelope]) -> Iterator[Envelope]:

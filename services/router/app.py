@@ -15,6 +15,8 @@ from services.router.authentication import Authentication
 from services.router.binding import Binding
 from services.router.cluster_news import ClusterNews
 from services.router.component_links import ComponentApi, ComponentLinks
+from services.router.copies import Copies
+from services.router.deliveries import Deliveries
 from services.router.forward_links import ForwardLinks
 from services.router.grpc_api import RouterApi
 from services.router.hand_over import GIVEN, HandOver
@@ -23,6 +25,7 @@ from services.router.messages_sql import SqlMessageStore
 from services.router.negotiation import Negotiator
 from services.router.orphans import Orphans
 from services.router.peers import Peers
+from services.router.reattachment import Reattachment
 from services.router.resumption import Resumption
 from services.router.retention import Retention
 from services.router.rosters import Rosters
@@ -112,7 +115,7 @@ class Router:
 
         self._tickets = Tickets()
         self._orphans = Orphans(own, table, routing, tasks.spawn, context.member, context.channels)
-        peers = Peers(context.channels)
+        self._peers = peers = Peers(context.channels, tasks.spawn)
         self._binding = Binding(own, sessions, table, self._orphans, context.member, peers, tasks.spawn)
         self._adoption = Adoption(sessions, self._binding, routing, self._tickets, hooks, tasks.spawn)
         self._hand_over = HandOver(own, sessions, self._binding, routing, hooks, peers, tasks.spawn)
@@ -132,15 +135,28 @@ class Router:
             self._binding.is_reachable,
             tasks.spawn,
         )
+        self._copies = copies = Copies(
+            own, self._tickets, routing.deliveries.deadlines, lambda: self._forwarder.view,
+            options["session-copies"] != 1,
+        )  # fmt: skip
         self._negotiator = negotiator = Negotiator(
             routing, sessions, hooks, authentication, self._accounts, self._binding, self._hand_over, self._adoption,
-            self._tickets, safety, self._acknowledgements, resumption, tasks.spawn,
+            self._tickets, safety, self._acknowledgements, resumption,
+            copies, peers.answered, tasks.spawn,
         )  # fmt: skip
+        self._acknowledgements.confirmed_by = copies.confirmed
+        self._acknowledgements.cover = resumption.cover = copies.cover
+        self._reattachment = negotiator.reattachment = Reattachment(
+            own, sessions, table, self._binding, routing, safety, self._acknowledgements, self._tickets,
+            self._hand_over, self._adoption, hooks, tasks.spawn,
+        )  # fmt: skip
+        self._reattachment.dismiss, self._reattachment.wait = negotiator.dismiss, resumption.wait
         resumption.end = negotiator.end
         resumption.whole, resumption.attached = self._adoption.whole, self._adoption.resumed
         self._adoption.wait = resumption.wait
         resumption.send_on = negotiator.send_to_session
         routing.on_answer = self._acknowledgements.is_answer
+        safety.waiting_elsewhere = self._links.unsafe_bytes
         routing.deliveries.on_full = self._end_full
         routing.deliveries.withholds = safety.waits
         routing.deliveries.kept_as = safety.kept_as
@@ -153,6 +169,7 @@ class Router:
             RosterStore: rosters,
             MessageStore: self._messages,
             Safety: safety,
+            Deliveries: routing.deliveries,
             Rosters: self._rosters,
             ArchiveRules: rules,
         }
@@ -165,6 +182,8 @@ class Router:
         self._api = RouterApi(
             own, negotiator, sessions, self._links, self._adoption, self._binding, tasks.spawn, lambda: self._serving
         )
+        copies.links = lambda: self._api.links
+        resumption.surrender, resumption.answers = self._api.surrender, self._answers
         context.server.add(
             add_RouterServiceServicer_to_server,
             self._api,
@@ -210,11 +229,24 @@ class Router:
         )  # fmt: skip
         metrics.gauged("store_waiting_bytes", "What waits to be committed", lambda: self._messages.waiting_bytes)
         metrics.gauged("store_waiting_seconds", "How long the oldest of it has waited", self._waited)
+        metrics.counted(
+            "sessions_reattached", "Sessions taken over from routers that failed", lambda: self._reattachment.taken
+        )
+        metrics.counted(
+            "take_overs_refused", "Copies of sessions that had grown old, by their epochs",
+            lambda: self._reattachment.refused,
+        )  # fmt: skip
         metrics.counted("sessions_orphaned", "Sessions ended for routers that failed", lambda: self._orphans.ended)
 
     def _end_full(self, session: Session) -> None:
         ending = self._negotiator.close(session, "resource-constraint", "too much is not acknowledged")
         self._tasks.spawn(ending, "end a session that is full")
+
+    async def _answers(self, router: str, seconds: float) -> bool:
+        node = self._member.view.by_incarnation(router)
+        if node is None or node.state is NodeState.FAILED:
+            return False
+        return await self._peers.answers(node, seconds)
 
     def _waited(self) -> float:
         oldest = self._messages.oldest_waiting
@@ -226,6 +258,8 @@ class Router:
         self._safety.start(await self._accounts.shared_key("message-id-key"))
         await self._messages.start()
         self._tasks.spawn(self._acknowledgements.run(), "router: acknowledgements")
+        self._tasks.spawn(self._copies.tell_marked(self._messages), "router: what is confirmed and written")
+        self._tasks.spawn(self._copies.run(self.sessions), "router: second holders of sessions")
         self._tasks.spawn(self._retention.run(), "router: age of archives")
         self._tasks.spawn(self.routing.deliveries.deadlines.run(), "router: IQ deadlines")
         self._tasks.spawn(self._binding.run(), "router: availability of sessions")
@@ -260,6 +294,7 @@ class Router:
         self._adoption.view_changed(view)
         self._hand_over.view_changed(view)
         self._orphans.view_changed(view)
+        self._api.view_changed(view)
         self._news.view_changed(view)
 
     async def _give_up_waiting(self) -> None:

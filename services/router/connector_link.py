@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from services.router.deliveries import own_copy
 from services.router.negotiation import Negotiation, Negotiator
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import (
@@ -17,7 +20,7 @@ from tidings.api.router.v1.router_pb2 import (
 )
 from tidings.kit.link import Lane, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
-from tidings.kit.module import KINDS, NONZA
+from tidings.kit.module import IQ, KINDS, NONZA
 from tidings.xmpp.errors import StreamError
 from tidings.xmpp.parser import parse_stanza
 
@@ -31,7 +34,8 @@ class ConnectorLink:
     """All streams of one connector that this router serves.
 
     `trusted` says that the connector runs in this process. Another one's word is not taken: its stanzas are
-    parsed again, and their routing fields are taken from the bytes.
+    parsed again, and their routing fields are taken from the bytes. A link to another process outlives its calls
+    (grpc_api.py), and has copies of its sessions at its other end (copies.py).
     """
 
     def __init__(
@@ -49,13 +53,26 @@ class ConnectorLink:
         # Where its clients should come back to (XEP-0198 3); '' when anywhere is as good.
         self.location = ""
         self._negotiator = negotiator
-        self._outbox = outbox
+        self.outbox = outbox
         self._trusted = trusted
+        # Whether the connector has copies of the sessions whose streams it serves.
+        self._copies = not trusted and negotiator.copies.wanted
         self._spawn = spawn
         # Ends the link; its streams end with it.
-        self._cut_off = cut_off
+        self.cut_off = cut_off
         self._streams: dict[int, Negotiation] = {}
         self._sessions: dict[str, Session] = {}
+        # Sessions without a stream here whose copies are here.
+        self._held: dict[str, Session] = {}
+        # Sessions that this router takes over from copies there, while what their clients have sent follows.
+        self._coming: dict[str, tuple[int, SessionAttach, list[Envelope]]] = {}
+        # Those whose copies may be shortened.
+        self._progress: dict[str, Session] = {}
+        # The call that carries the link now, and what ends the link when there is none for long.
+        self.handling: asyncio.Task[Any] | None = None
+        self.expires: asyncio.TimerHandle | None = None
+        # It has ended.
+        self.over = False
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -63,7 +80,14 @@ class ConnectorLink:
     # --- from the connector ---
 
     def receive(self, request: AttachRequest) -> None:
-        """Takes a batch; returns when all of it is worked off or waits in a lane."""
+        """Takes a batch; returns when all of it is worked off or waits in a lane. Raises Gap."""
+        if self._trusted:
+            self.outbox.received = request.sequence
+        else:
+            self.outbox.confirmed(request.received_through)
+            if not request.sequence or not self.outbox.take(request.sequence):
+                return
+            self.outbox.confirm_soon()
         now = int(time.time() * 1000)
         for item in in_order(request.envelopes, request.events) if request.events else request.envelopes:
             try:
@@ -85,7 +109,10 @@ class ConnectorLink:
     def _stanza(self, envelope: Envelope, now: int) -> None:
         session = self._sessions.get(envelope.origin)
         if session is None:
-            return  # it has ended, and the connector does not know yet
+            if (coming := self._coming.get(envelope.origin)) is not None:
+                coming[2].append(own_copy(envelope))
+                self._follows(envelope.origin)
+            return  # else it has ended, and the connector does not know yet
         if not self._trusted and not _verified(envelope, session.jid_text):
             log.error("connector_lied", connector=self.name, session=session.id)
             self.close(session.stream, "internal-server-error", "the stanza did not arrive whole")
@@ -93,11 +120,20 @@ class ConnectorLink:
         if envelope.kind == NONZA:
             self._negotiator.acknowledgements.nonza(self, session, envelope)
             return
+        self._take(session, envelope, now)
+
+    def _take(self, session: Session, envelope: Envelope, now: int) -> None:
+        """Works a stanza off; when another connector holds the session's copy, as soon as that one has it."""
         envelope.from_jid = session.jid_text
         envelope.received_unix_ms = now
         if not self._negotiator.safety.accept(session, envelope):
             return
-        lane = session.lane
+        if envelope.answered:
+            self._negotiator.safety.dealt(session, envelope.number)
+            return
+        lane, holder = session.lane, session.holder
+        if holder is not None and holder is not self:
+            lane.run(_until, holder.copy_sent(session, envelope))
         if lane.waiting is not None:
             lane.run(self._negotiator.routing.from_session, session, envelope)
             return
@@ -111,7 +147,14 @@ class ConnectorLink:
         if which == "opened" and number not in self._streams:
             self._streams[number] = Negotiation(self, number, Lane(self._spawn))
         elif which == "attach" and number not in self._streams:
-            self._attach(number, event.attach)
+            if event.attach.HasField("record"):
+                self._coming[event.attach.record.id] = number, event.attach, []
+                self._follows(event.attach.record.id)
+            else:
+                self._attach(number, event.attach)
+            return
+        if which == "surrendered":
+            self._surrendered(event.surrendered.session)
             return
         stream = self._streams.get(number)
         if stream is None:
@@ -147,10 +190,35 @@ class ConnectorLink:
             log.debug("stream_closed", stream=number, clean=event.closed.clean, reason=event.closed.reason)
             self._end(stream, event.closed.clean)
 
+    def _follows(self, session: str) -> None:
+        """When all that a client has sent is here, its session is taken over."""
+        number, attach, sent = self._coming[session]
+        if len(sent) == attach.follows:
+            del self._coming[session]
+            self._spawn(self._negotiator.reattachment.take(self, number, attach, sent), "take a session over")
+
+    def _surrendered(self, session_id: str) -> None:
+        """Another router has the session; what waited for it here goes there. Nobody is told of an end."""
+        session = self._sessions.get(session_id) or self._held.get(session_id)
+        if session is not None:
+            self._streams.pop(session.stream, None)
+            session.closed = True
+            session.lane.run(self._negotiator.end, session)
+
     def closed(self) -> None:
-        """The link is gone, and with it all its streams."""
+        """The link is gone, and with it all its streams, and the copies at its other end."""
+        self.over = True
+        self.outbox.release()
+        if self.expires is not None:
+            self.expires.cancel()
+        held, self._held = self._held, {}
+        for session in held.values():
+            _not_held_by(session, self)
+            self._negotiator.copies.cover(session)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
+            if stream.session is not None:
+                _not_held_by(stream.session, self)
             self._end(stream, False)
 
     def _end(self, stream: Negotiation, clean: bool) -> None:
@@ -168,25 +236,35 @@ class ConnectorLink:
 
     def deliver(self, session: Session, envelope: Envelope, number: int) -> None:
         """Writes a stanza to the session's stream; `number`: among those that it gets."""
-        raw = envelope.stanza
+        raw, kind = envelope.stanza, envelope.kind
         try:
-            self._outbox.begin(len(raw)).add(target=session.id, delivery=number, kind=envelope.kind, stanza=raw)
+            envelopes = self.outbox.begin(len(raw))
         except Overflow:
-            self._cut_off()
+            self.cut_off()
+            return
+        if not self._copies:
+            envelopes.add(target=session.id, delivery=number, kind=kind, stanza=raw)
+            return
+        # For the copy there.
+        added = envelopes.add(
+            target=session.id, delivery=number, kind=kind, stanza=raw, origin=envelope.origin, number=envelope.number
+        )
+        if kind == IQ:
+            added.type, added.id, added.from_jid = envelope.type, envelope.id, envelope.from_jid
 
     def write(self, session: Session, raw: bytes) -> None:
         """Writes an element that is no stanza to the session's stream."""
         try:
-            self._outbox.begin(len(raw)).add(target=session.id, kind=NONZA, stanza=raw)
+            self.outbox.begin(len(raw)).add(target=session.id, kind=NONZA, stanza=raw)
         except Overflow:
-            self._cut_off()
+            self.cut_off()
 
     def command(self, stream: int) -> StreamCommand:
         """A command for a stream, behind all that was written before; the caller fills it in."""
         try:
-            batch = self._outbox.begin_item()
+            batch = self.outbox.begin_item()
         except Overflow:
-            self._cut_off()
+            self.cut_off()
             return StreamCommand()
         return batch.commands.add(stream=stream, position=len(batch.envelopes))
 
@@ -204,9 +282,19 @@ class ConnectorLink:
         bound.epoch = session.epoch
         bound.jid = session.jid_text
         bound.reply = reply
+        if self._copies:
+            bound.ticket = self._negotiator.copies.ticket(session, self.incarnation)
+            bound.record.CopyFrom(self._negotiator.copies.whole(session, self))
+
+    @property
+    def local(self) -> bool:
+        """Whether the connector is in this process: then nothing is held by two."""
+        return self._trusted
 
     def _serve(self, session: Session) -> None:
         self._sessions[session.id] = session
+        self._held.pop(session.id, None)
+        self._negotiator.copies.served(session, self)
         number = session.stream
         session.lane.on_long = lambda: self._set_reading(number, False)
         session.lane.on_short = lambda: self._set_reading(number, True)
@@ -221,16 +309,129 @@ class ConnectorLink:
         stream = self._streams[number] = Negotiation(self, number, Lane(self._spawn))
         stream.session = session
         self._serve(session)
+        attached = self.command(number).attached
+        attached.SetInParent()
+        if self._copies:
+            attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
+            attached.record.CopyFrom(self._negotiator.copies.whole(session, self))
         self._negotiator.adoption.attached(session)
 
+    def reattached(self, session: Session, number: int) -> None:
+        """A session that this router has taken over from the connector's copy; `number`: its stream, or 0."""
+        command = self.command(number)
+        command.session = session.id
+        command.attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
+        session.copied.clear()
+        if number:
+            stream = self._streams[number] = Negotiation(self, number, Lane(self._spawn))
+            stream.session = session
+            self._serve(session)
+            return
+        if not self._trusted:
+            session.holder = self
+            self._held[session.id] = session
+        self._negotiator.copies.cover(session)
+
+    def again(self, session: Session, envelope: Envelope) -> None:
+        """What a client has sent, and what may have been lost with the router that had its session."""
+        if envelope.kind == NONZA:
+            self._negotiator.acknowledgements.nonza(self, session, envelope)
+        elif _verified(envelope, session.jid_text):
+            self._take(session, envelope, int(time.time() * 1000))
+
     def unbound(self, session: Session) -> None:
-        """The session has ended: nothing more comes from it."""
-        self._sessions.pop(session.id, None)
+        """Nothing more comes from the session: it has ended, or waits for its client; then its copy stays there."""
+        if self._sessions.pop(session.id, None) is None:
+            return
+        if session.holder is self:
+            self._held[session.id] = session
+        elif not self._trusted:
+            self.forget(session)
 
     def release(self, session: Session) -> None:
         """The session is another router's now, and so is its stream."""
         self._sessions.pop(session.id, None)
         self._streams.pop(session.stream, None)
+        session.holder = None
+
+    # --- copies ---
+
+    def hold(self, session: Session) -> None:
+        """The connector there holds the copy of a session that has no stream there, from now on."""
+        session.holder = self
+        self._held[session.id] = session
+        command = self.command(0)
+        command.session = session.id
+        command.attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
+        command.attached.record.CopyFrom(self._negotiator.copies.whole(session, self))
+
+    def copy_sent(self, session: Session, envelope: Envelope) -> asyncio.Future[None]:
+        """Copies what a client has sent; done when the connector there has it, or is gone."""
+        copied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            self.outbox.begin(len(envelope.stanza)).add(
+                target=session.id, kind=envelope.kind, type=envelope.type, id=envelope.id, to_jid=envelope.to_jid,
+                children=envelope.children, stanza=envelope.stanza,
+            )  # fmt: skip
+        except Overflow:
+            copied.set_result(None)
+            self.cut_off()
+        else:
+            self.when_copied(partial(copied.set_result, None))
+        return copied
+
+    def when_copied(self, then: Callable[[], None]) -> None:
+        """Calls `then` when the connector has what it was sent last, or is gone."""
+        if self.over:
+            then()
+            return
+        response: AttachResponse = self.outbox.batch
+        response.prompt = True
+        self.outbox.when_confirmed(then)
+
+    def forget(self, session: Session) -> None:
+        """Its copy there is not needed any more."""
+        self._held.pop(session.id, None)
+        session.copied.pop(self, None)
+        if not self.over:
+            command = self.command(0)
+            command.session = session.id
+            command.forget.SetInParent()
+
+    def surrender(self, session: str) -> None:
+        """Whoever holds the copy of a session gives it to this router."""
+        command = self.command(0)
+        command.session = session
+        command.surrender.SetInParent()
+
+    def progress(self, session: Session) -> None:
+        """The copy of a session may be shortened: it is told so with the next batch."""
+        if not self._copies:
+            return
+        if not self._progress:
+            asyncio.get_running_loop().call_soon(self.tell_progress)
+        self._progress[session.id] = session
+
+    def tell_progress(self) -> None:
+        sessions, self._progress = self._progress, {}
+        for session in sessions.values():
+            if session.holder is not self and session.link is not self:
+                continue
+            state = self._negotiator.copies.changed(session, self)
+            try:
+                if state is not None:
+                    # First: what a stanza has changed must be there when the stanza is kept no longer.
+                    command = self.command(session.stream if session.link is self else 0)
+                    command.session = session.id
+                    command.state.CopyFrom(state)
+                inbound = session.inbound
+                self.outbox.begin_item().progress.add(
+                    session=session.id, passed=inbound.passed, number=inbound.last_passed,
+                    again_from=inbound.again_from, confirmed=session.marked,
+                )  # fmt: skip
+            except Overflow:
+                self.cut_off()
+                return
 
     def give_up(self, number: int) -> None:
         """A stream has lost its session to another one: what comes of it is nobody's."""
@@ -246,6 +447,17 @@ class ConnectorLink:
 
     def _set_reading(self, stream: int, reading: bool) -> None:
         self.command(stream).set_reading.reading = reading
+
+
+def _until(done: asyncio.Future[None]) -> asyncio.Future[None] | None:
+    """A step of a lane."""
+    return None if done.done() else done
+
+
+def _not_held_by(session: Session, link: ConnectorLink) -> None:
+    session.copied.pop(link, None)
+    if session.holder is link:
+        session.holder = None
 
 
 def _verified(envelope: Envelope, from_jid: str | None) -> bool:

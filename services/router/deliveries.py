@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from services.router.iq_deadlines import IqDeadlines
-from services.router.sessions import Session, Sessions
+from services.router.sessions import BEHIND, Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, MESSAGE
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stream_management import NOTHING, REQUEST_RAW
 
+if TYPE_CHECKING:
+    from services.router.connector_link import ConnectorLink
+
 log = get_logger("router")
 
-# Stanzas that may be held back while a session gets its stored messages, and while it moves; a session that gets
-# more than this meanwhile loses the rest, as with a full send queue: it stops the growth by a flood meanwhile.
+# Stanzas, and bytes of them, that may be held back in memory for a session: while it gets its stored messages, while
+# it moves, and while what waits in the store for it goes first. It loses the rest, as with a full send queue. It
+# stops the growth by a flood meanwhile.
 MAX_HELD = 10_000
+MAX_HELD_BYTES = 8_388_608
+# How many of them come between two looks at their bytes.
+WEIGHED = 16
 
 # Senders whose last number a session remembers; of more, those that have been silent for longest are forgotten. It
 # stops a crowd of senders from filling memory.
@@ -30,11 +39,19 @@ FIRST_PRESENCE = 1.0
 ASK_AFTER = 10
 # Unconfirmed stanzas that may share the memory of the batch that they came in.
 MAX_SHARED = 64
-# Stanzas that a client with XEP-0198 may leave unacknowledged, also while its session waits for it; then the session
-# ends, and messages wait in the store. It stops a flood to somebody who does not come back from filling memory.
+# Stanzas, and bytes of them, that a session may have got and not confirmed, or that are held back for it; messages
+# beyond that stay in the store, and are read back, in order, when its client has confirmed enough. It stops a slow
+# client from filling memory.
+WINDOW = 1000
+WINDOW_BYTES = 1_048_576
+# The part of it from which on messages are read back.
+LOW = 0.5
+# The same for what is in no store, and for sessions that do not want what is: then the session ends. It stops a flood
+# to somebody who does not come back from filling memory.
 MAX_UNACKNOWLEDGED = 10_000
-# Messages that a client without XEP-0198 may leave unconfirmed; of more, the oldest wait for the account's next
-# session. It stops a client that answers no ping from filling memory.
+MAX_UNACKNOWLEDGED_BYTES = 8_388_608
+# Messages that a client without XEP-0198 may leave unconfirmed that has never confirmed any, so that nobody knows
+# whether it can; of more, the oldest wait for the account's next session. The bound of its socket holds for it too.
 MAX_UNCONFIRMED = 10_000
 
 REQUESTS = ("get", "set")
@@ -51,22 +68,42 @@ class Deliveries:
         self.withholds = False
         self.kept_as: Callable[[Envelope, Jid], bytes | None] = lambda _envelope, _account: None
         self.on_sent: Callable[[Session], None] = lambda _session: None
-        # Called when a session has got more than its client may leave unacknowledged.
+        # Called once when a session has got more than its client may leave unacknowledged.
         self.on_full: Callable[[Session], None] = lambda _session: None
+        # Called when a session falls behind: messages wait for it in the store. Whoever reads them says so when there
+        # are no more (`caught_up`). And called when the client of such a session has confirmed something.
+        self.on_behind: Callable[[Session], None] = lambda _session: None
+        self.on_confirmed: Callable[[Session], None] = lambda _session: None
         # Total, for metrics.
         self.delivered = 0
 
     def to_session(self, session: Session, envelope: Envelope) -> None:
-        """Gives a stanza to a session, behind what is held back for it; what it has had already is dropped."""
-        if session.early is not None:
+        """Gives a stanza to a session, behind what is held back for it; what it has had already is dropped. A message
+        that finds no room stays in the store (`takes`)."""
+        if session.behind is not None:
+            self._put_behind(session, session.behind, envelope)
+        elif envelope.kind == MESSAGE and self._is_full(session) and self._is_stored(session, envelope):
+            self._put_behind(session, self.fall_behind(session), envelope)
+        elif session.early is not None:
             _keep(session, session.early, envelope)
-            return
-        if session.held is not None and (session.holds or envelope.kind == MESSAGE):
-            # Whether it is new is seen when its turn comes: what is stored goes first, and has lower numbers.
+        elif session.held is not None and (session.holds or envelope.kind == MESSAGE):
+            # Whether a message is new is seen when its turn comes: what is stored goes first, and has lower numbers.
             _keep(session, session.held, envelope)
-            return
-        if not self._is_new(session, envelope):
-            return
+        elif self._is_new(session, envelope):
+            self._give(session, envelope)
+
+    def is_copied(self, session: Session) -> bool:
+        """Whether a message for a session goes to its stream now, and another process gets it before the stream."""
+        return (
+            session.holder is not None
+            and self.takes(session)
+            and session.held is None
+            and session.early is None
+            and session.frozen is None
+            and not session.closed
+        )
+
+    def _give(self, session: Session, envelope: Envelope) -> None:
         if envelope.kind == MESSAGE:
             session.fresh = False
         elif envelope.kind == IQ and envelope.type not in REQUESTS and is_tracked(envelope.from_jid, session):
@@ -86,25 +123,126 @@ class Deliveries:
             taken[envelope.origin] = last
             return False
         taken[envelope.origin] = number
-        if len(taken) > MAX_TAKEN:
-            del taken[next(iter(taken))]
+        if not last:
+            session.since[envelope.origin] = number
+            if len(taken) > MAX_TAKEN:
+                silent = next(iter(taken))
+                del taken[silent]
+                session.since.pop(silent, None)
         return True
 
-    def give_stored(self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]]) -> None:
+    # --- who does not read as fast as others write ---
+
+    def takes(self, session: Session) -> bool:
+        """Whether a message that comes now is given to a session, or held for it in memory: else it is left to the
+        store until the session has read what goes before it."""
+        return session.behind is None and not self._is_full(session)
+
+    def _is_full(self, session: Session) -> bool:
+        queue = session.held if session.early is None else session.early
+        if queue is not None:
+            return _is_long(queue, WINDOW, WINDOW_BYTES) and wants_stored(session)
+        outbound = session.outbound
+        if outbound.bytes < WINDOW_BYTES and len(outbound.queue) < WINDOW:
+            return False
+        # Where a session goes, it is known already whether it is behind.
+        return session.frozen is None and wants_stored(session) and _confirms(session)
+
+    def room(self, session: Session) -> int:
+        """How many messages may be read back for a session now; 0 until its client has confirmed enough."""
+        outbound = session.outbound
+        waiting = len(outbound.queue)
+        if _confirms(session) and (waiting > WINDOW * LOW or outbound.bytes > WINDOW_BYTES * LOW):
+            return 0
+        return max(WINDOW - waiting, 1)
+
+    def fall_behind(self, session: Session) -> deque[Envelope]:
+        """From now on messages for a session stay in the store, and all else that is routed to it waits behind them,
+        as what is held back for it: so nothing overtakes."""
+        if session.behind is None:
+            session.behind = deque()
+            held = session.held or ()
+            if session.held is not None:
+                session.held = deque()
+            for envelope in held:
+                self._put_behind(session, session.behind, envelope)
+            session.notes[BEHIND] = b"1"
+            _tell_holder(session)
+            self.on_behind(session)
+        return session.behind
+
+    def _put_behind(self, session: Session, behind: deque[Envelope], envelope: Envelope) -> None:
+        last = session.taken.get(envelope.origin, 0)
+        if envelope.number and envelope.number <= last:
+            return
+        if envelope.kind == MESSAGE and self._is_stored(session, envelope):
+            session.left += 1
+        elif not _keep(session, behind, envelope):
+            self._ends_full(session)
+
+    def caught_up(self, session: Session) -> None:
+        """Nothing waits in the store for a session: it gets what waits behind that, and then all as it comes."""
+        behind, session.behind = session.behind, None
+        session.notes.pop(BEHIND, None)
+        _tell_holder(session)
+        self._let_out(session, behind or ())
+
+    def _is_stored(self, session: Session, envelope: Envelope) -> bool:
+        return self.kept_as(envelope, session.jid.bare) is not None
+
+    def _let_out(self, session: Session, waiting: Iterable[Envelope]) -> None:
+        """Gives a session what was held back while it got what was stored. A message may have been among that. What
+        is in no store is new if it is for itself: stored messages with higher numbers may have gone before it."""
+        others: dict[str, int] = {}
+        for envelope in waiting:
+            if session.behind is not None or envelope.kind == MESSAGE or not envelope.number:
+                self.to_session(session, envelope)
+            elif envelope.number > others.get(envelope.origin, 0):
+                others[envelope.origin] = envelope.number
+                self._is_new(session, envelope)
+                self._give(session, envelope)
+
+    def confirmed(self, session: Session) -> None:
+        """The client of a session has confirmed something."""
+        if session.behind is not None:
+            self.on_confirmed(session)
+
+    def cut_off(self, session: Session) -> None:
+        """The client of a session confirms nothing: its stream is closed, and the session waits for it, or ends."""
+        if session.link is not None:
+            log.info("client_confirms_nothing", session=session.id, account=session.account)
+            session.link.close(session.stream, "connection-timeout", "what was sent to you was not confirmed")
+
+    def _ends_full(self, session: Session) -> None:
+        if not session.closed:
+            session.closed = True
+            self.on_full(session)
+
+    # --- what was stored ---
+
+    def give_stored(self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]]) -> int:
         """Writes messages that were stored to a session's stream, ahead of what is held back: each with its id, and
-        whether sessions were given it when it came. What this one has had already is dropped."""
+        whether sessions were given it when it came. What this one has had already is dropped. How many are done with:
+        the others find no room."""
+        done = 0
         account = session.jid.bare
         had = {
             self.kept_as(what, account) if isinstance(what, Envelope) else what for _, what in session.outbound.queue
         }
         for envelope, id_, given in page:
+            if session.outbound.bytes >= WINDOW_BYTES and _confirms(session):
+                break
+            done += 1
             last = session.taken.get(envelope.origin, 0)
             # Its sender may have sent something else since: a higher number alone says nothing to a fresh session.
-            if id_ in had or (given and not session.fresh and envelope.number <= last):
+            # And one that came before anything else of its sender did was not given to this session.
+            since = session.since.get(envelope.origin, 0)
+            if id_ in had or (given and not session.fresh and since <= envelope.number <= last):
                 continue
             if envelope.number > last:
                 self._is_new(session, envelope)
             self.deliver(session, envelope)
+        return done
 
     def deliver(self, session: Session, envelope: Envelope) -> None:
         """Writes a stanza to a session's stream now, or, while it has none, as soon as it is resumed."""
@@ -121,27 +259,48 @@ class Deliveries:
         if link is None and not session.resume_seconds:
             return  # it has ended
         outbound = session.outbound
+        if inbound.counts and (
+            len(outbound.queue) >= MAX_UNACKNOWLEDGED or outbound.bytes >= MAX_UNACKNOWLEDGED_BYTES
+        ):
+            self._ends_full(session)
+            return
         outbound.sent = number = outbound.sent + 1
         self.delivered += 1
         if inbound.counts:
-            if len(outbound.queue) == MAX_UNACKNOWLEDGED:
-                self.on_full(session)
-            outbound.keep(envelope if link is not None and len(outbound.queue) < MAX_SHARED else own_copy(envelope))
+            shared = link is not None and len(outbound.queue) < MAX_SHARED
+            outbound.keep(envelope if shared else own_copy(envelope), len(envelope.stanza))
         elif envelope.kind == MESSAGE and (id_ := self.kept_as(envelope, session.jid.bare)) is not None:
-            outbound.keep(id_)
+            outbound.keep(id_, len(envelope.stanza))
             if len(outbound.queue) > MAX_UNCONFIRMED:
-                outbound.queue.popleft()
+                outbound.forget_oldest()
         else:
             if link is not None:
                 link.deliver(session, envelope, number)
             return
+        holder = session.holder
+        if holder is None or holder is link:
+            if link is not None:
+                self._to_stream(session, link, envelope, number)
+            return
+        # Another connector than that of the stream holds the copy: it gets the stanza first.
+        holder.deliver(session, envelope, number)
         if link is not None:
-            link.deliver(session, envelope, number)
-            if inbound.counts and number - outbound.asked >= ASK_AFTER:
-                outbound.asked = number
-                link.write(session, REQUEST_RAW)
-            else:
-                self.on_sent(session)
+            session.copying += 1
+            holder.when_copied(partial(self._copied, session, link, envelope, number))
+
+    def _copied(self, session: Session, link: ConnectorLink, envelope: Envelope, number: int) -> None:
+        session.copying -= 1
+        if session.link is link:
+            self._to_stream(session, link, envelope, number)
+
+    def _to_stream(self, session: Session, link: ConnectorLink, envelope: Envelope, number: int) -> None:
+        link.deliver(session, envelope, number)
+        outbound = session.outbound
+        if session.inbound.counts and number - outbound.asked >= ASK_AFTER:
+            outbound.asked = number
+            link.write(session, REQUEST_RAW)
+        else:
+            self.on_sent(session)
 
     # --- answers that say too much (a client without XEP-0198 takes them for acknowledgements) ---
 
@@ -206,8 +365,7 @@ class Deliveries:
 
     def _let_through(self, session: Session) -> None:
         held, session.held = session.held, None
-        for envelope in held or ():
-            self.to_session(session, envelope)
+        self._let_out(session, held or ())
 
     def unconfirmed(self, session: Session) -> list[Envelope]:
         """What a session that ends was sent and has not confirmed, but for what waits in the store; in order."""
@@ -223,8 +381,9 @@ class Deliveries:
         """What waits for a session that ends or goes to another router, in order; it waits here no longer."""
         frozen, session.frozen = session.frozen, None
         held, session.held = session.held, None
+        behind, session.behind = session.behind, None
         _stop_settling(session)
-        return [*(frozen or ()), *(held or ())]
+        return [*(frozen or ()), *(held or ()), *(behind or ())]
 
 
 def _stop_settling(session: Session) -> None:
@@ -233,21 +392,44 @@ def _stop_settling(session: Session) -> None:
         session.settling = None
 
 
-def _keep(session: Session, queue: deque[Envelope], envelope: Envelope) -> None:
-    if _has_room(session, queue):
-        queue.append(own_copy(envelope))
+def wants_stored(session: Session) -> bool:
+    """Whether a session gets what is stored for its account."""
+    return session.presence is not None and session.priority >= 0
+
+
+def _confirms(session: Session) -> bool:
+    """Whether its client is known to confirm what it gets. One without XEP-0198 that has never confirmed anything
+    perhaps can't: the queue of its socket is its bound."""
+    return session.inbound.counts or session.outbound.acknowledged > 0
+
+
+def _tell_holder(session: Session) -> None:
+    if session.holder is not None:
+        session.changed()
+
+
+def _keep(session: Session, queue: deque[Envelope], envelope: Envelope) -> bool:
+    """Whether there was room."""
+    if _is_long(queue, MAX_HELD, MAX_HELD_BYTES):
+        log.debug("held_queue_full", session=session.id, bound=MAX_HELD)
+        return False
+    queue.append(own_copy(envelope))
+    return True
 
 
 def _keep_behind(session: Session, queue: deque[tuple[int, Envelope]], envelope: Envelope) -> None:
-    if _has_room(session, queue):
-        queue.append((session.inbound.number, own_copy(envelope)))
-
-
-def _has_room(session: Session, queue: Sized) -> bool:
     if len(queue) < MAX_HELD:
+        queue.append((session.inbound.number, own_copy(envelope)))
+    else:
+        log.debug("held_queue_full", session=session.id, bound=MAX_HELD)
+
+
+def _is_long(queue: deque[Envelope], most: int, most_bytes: int) -> bool:
+    """Whether so much is in a queue. Its bytes are summed up now and then."""
+    count = len(queue)
+    if count >= most:
         return True
-    log.warning("held_queue_full", session=session.id, bound=MAX_HELD)
-    return False
+    return count > 0 and count % WEIGHED == 0 and sum(len(one.stanza) for one in queue) >= most_bytes
 
 
 def own_copy(envelope: Envelope) -> Envelope:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from services.router.message_queue import MESSAGE_BYTES
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import ForwardHello, ForwardRequest, ForwardResponse
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
@@ -59,15 +60,15 @@ class OutgoingLink:
         self._unnumbered: deque[Sent] = deque()
         self._batches: dict[int, list[Sent | None]] = {}
         self._later: dict[tuple[int, int], Sent] = {}
-        # By batch and place in it, what was taken and is not known to be safe.
+        # By batch and place in it, what was taken and is not known to be safe; and the bytes of all that somebody
+        # waits for.
         self._unsafe: dict[int, dict[int, Sent]] = {}
+        self.unsafe_bytes = 0
         # Keeps it up.
         self.task: asyncio.Task[Any] | None = None
 
     def send(self, item: Item, sent: Sent, refusals_seen: int) -> None:
         """Raises Overflow when the other router has not taken anything for long."""
-        if sent.waiter is not None:
-            sent.waiter.expect()
         if item.mode is Mode.STRATEGY and (self._postponed or self.outbox.congested):
             self._postponed.append((item, sent))
             return
@@ -88,6 +89,10 @@ class OutgoingLink:
             # Sent without `to`, which means the account (RFC 6120 10.3); or to a full JID that is gone, and treated
             # as if to the account (RFC 6121 8.5.3.2.1).
             envelope.to_jid = f"{item.account}/{item.resource}" if item.resource else item.account
+        if sent.waiter is not None:
+            sent.waiter.expect()
+            sent.size = len(source.stanza) + MESSAGE_BYTES
+            self.unsafe_bytes += sent.size
         self._unnumbered.append(sent)
 
     def _note(self, item: Item, sent: Sent) -> None:
@@ -125,7 +130,7 @@ class OutgoingLink:
             elif answer.refused:
                 log.debug("refused", by=self.node.hostname, to=sent.item.account, view=answer.view_version)
                 self._forwarder.refused(sent, answer.view_version)
-                _settle(sent)
+                self._settle(sent)
             else:
                 self._taken(key, sent, answer.content)
         for sequence in [number for number in self._batches if number <= response.safe_through]:
@@ -134,10 +139,10 @@ class OutgoingLink:
                     self._taken((sequence, index), taken, b"")
         for answer in response.answers:
             if answer.safe and (sent := self._unsafe.get(answer.sequence, {}).pop(answer.index, None)) is not None:
-                _settle(sent)
+                self._settle(sent)
         for sequence in response.safe:
             for sent in self._unsafe.pop(sequence, {}).values():
-                _settle(sent)
+                self._settle(sent)
         if response.answers:
             self.outbox.confirm_soon()
 
@@ -145,6 +150,11 @@ class OutgoingLink:
         if sent.waiter is not None:
             self._unsafe.setdefault(place[0], {})[place[1]] = sent
         self._forwarder.taken(sent, content)
+
+    def _settle(self, sent: Sent) -> None:
+        if sent.waiter is not None:
+            self.unsafe_bytes -= sent.size
+            sent.waiter.settle()
 
     def lost(self) -> None:
         """The other router is no more: everything unanswered comes back, and what it has not said to be safe."""
@@ -161,15 +171,10 @@ class OutgoingLink:
         self._unsafe.clear()
         self._forwarder.again(unsafe)
         for sent in unsafe:
-            _settle(sent)
+            self._settle(sent)
         for sent in unanswered:
             self._forwarder.lost(sent)
-            _settle(sent)
-
-
-def _settle(sent: Sent) -> None:
-    if sent.waiter is not None:
-        sent.waiter.settle()
+            self._settle(sent)
 
 
 class _Batch:
@@ -355,6 +360,10 @@ class ForwardLinks:
             sum(link.outbox.sent_envelopes for link in links),
             sum(link.outbox.sent_bytes for link in links),
         )
+
+    def unsafe_bytes(self) -> int:
+        """What other routers have of messages that senders here wait for."""
+        return sum(link.unsafe_bytes for link in self._outgoing.values())
 
     # --- calls ---
 

@@ -18,8 +18,10 @@ from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.router.v1.router_pb2 import (
     AdoptSessionRequest,
     AdoptSessionResponse,
+    AttachHello,
     AttachRequest,
     AttachResponse,
+    AttachWelcome,
     EndSessionRequest,
     EndSessionResponse,
     ForwardRequest,
@@ -27,8 +29,11 @@ from tidings.api.router.v1.router_pb2 import (
     ForwardWelcome,
 )
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer
+from tidings.cluster.node import NodeState
+from tidings.cluster.view import ClusterView
 from tidings.kit.db import DatabaseAway
 from tidings.kit.grpc_server import current_caller
+from tidings.kit.identity import Caller
 from tidings.kit.link import INTERVAL, LAST_WRITE, Gap, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.rpc_errors import TidingsError
@@ -38,17 +43,8 @@ from tidings.xmpp.jid import Jid, JidError
 log = get_logger("router")
 
 
-def _cutter(peer: str) -> Callable[[], None]:
-    """Ends the call that is being handled, for a peer that does not take what it is sent."""
-    handling = asyncio.current_task()
-    assert handling is not None
-
-    def cut_off() -> None:
-        if not handling.cancelling():
-            log.error("link_cut_off", peer=peer, reason="it does not take what it is sent")
-            handling.cancel()
-
-    return cut_off
+# Seconds for which a connector's link waits for its next call; then its streams end.
+LINK_TIMEOUT = 10.0
 
 
 class RouterApi(RouterServiceServicer):
@@ -73,9 +69,9 @@ class RouterApi(RouterServiceServicer):
         self._binding = binding
         self._spawn = spawn
         self._ready = ready
-        # The calls of connectors, by their incarnations.
-        self._attached: dict[str, asyncio.Task[Any]] = {}
-        self.links: set[ConnectorLink] = set()
+        # The links of connectors, by their incarnations; and which of these the view has shown.
+        self._links: dict[str, ConnectorLink] = {}
+        self._seen: set[str] = set()
 
     async def Attach(  # type: ignore[override] # grpc.aio also takes a coroutine that writes by itself
         self, request_iterator: AsyncIterator[AttachRequest], context: Any
@@ -92,47 +88,93 @@ class RouterApi(RouterServiceServicer):
             raise TidingsError(
                 ErrorReason.ERROR_REASON_NOT_ALLOWED, "`connector_incarnation` is not the caller's own"
             )
-        outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0 if local else INTERVAL)
-        link = ConnectorLink(
-            self._negotiator,
-            outbox,
-            caller.name,
-            incarnation,
-            local,
-            self._spawn,
-            _cutter(f"connector {caller.name}"),
-        )
-        link.location = first.hello.location
-        welcome = outbox.begin_item().welcome
-        welcome.router_incarnation = self._incarnation
-        welcome.fresh = True
-        writers = Tasks()
+        link, fresh = self._link(caller, first.hello)
         handling = asyncio.current_task()
-        assert handling is not None
-        before = self._attached.get(incarnation)
+        before, link.handling = link.handling, handling
         if before is not None:
             # The connector has opened another call, so the one before is dead, whether we have noticed or not.
             before.cancel()
-        self._attached[incarnation] = handling
-        self.links.add(link)
+        outbox = link.outbox
+        welcome = AttachWelcome(
+            router_incarnation=self._incarnation, resume_after=outbox.received, fresh=fresh
+        )  # fmt: skip
+        writers = Tasks()
         log.debug("connector_attached", connector=caller.name, incarnation=incarnation)
-        writers.spawn(outbox.run(context.write), f"link to {caller.name}")
         try:
-            request = first
-            while request is not grpc.aio.EOF:
-                outbox.received = request.sequence
+            await context.write(AttachResponse(welcome=welcome))
+            if not local:
+                outbox.resume(first.hello.resume_after)
+            writers.spawn(outbox.run(context.write), f"link to {caller.name}")
+            while (request := await context.read()) is not grpc.aio.EOF:
                 link.receive(request)
-                request = await context.read()
         except Overflow as error:
             log.error("connector_does_not_read", connector=caller.name, reason=str(error))
+            self._end(link)
+        except Gap as error:
+            log.warning("attach_call_ended", connector=caller.name, reason=str(error))
         finally:
-            self.links.discard(link)
-            if self._attached.get(incarnation) is handling:
-                del self._attached[incarnation]
             log.debug("connector_detached", connector=caller.name, incarnation=incarnation)
-            link.closed()
-            outbox.end()
+            if link.handling is handling:
+                link.handling = None
+                if local:
+                    self._end(link)
+                elif not link.over:
+                    link.expires = asyncio.get_running_loop().call_later(LINK_TIMEOUT, self._end, link)
+            if local:
+                outbox.end()
             await writers.finish(LAST_WRITE)
+
+    def _link(self, caller: Caller, hello: AttachHello) -> tuple[ConnectorLink, bool]:
+        """The link that a connector's call carries on, or a new one; and whether it is new."""
+        incarnation, local = hello.connector_incarnation, caller.kind == "local"
+        link = self._links.get(incarnation)
+        if link is not None and (hello.fresh or local):
+            self._end(link)
+            link = None
+        fresh = link is None
+        if link is None:
+            outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0 if local else INTERVAL, resumable=not local)
+            link = self._links[incarnation] = ConnectorLink(
+                self._negotiator, outbox, caller.name, incarnation, local, self._spawn, lambda: None
+            )
+            link.cut_off = lambda: self._cut_off(link)
+        if link.expires is not None:
+            link.expires.cancel()
+            link.expires = None
+        link.location = hello.location
+        return link, fresh
+
+    def _cut_off(self, link: ConnectorLink) -> None:
+        if not link.over:
+            log.error("link_cut_off", connector=link.name, reason="it does not take what it is sent")
+            self._end(link)
+
+    def _end(self, link: ConnectorLink) -> None:
+        """A link is over, and its streams with it."""
+        if self._links.get(link.incarnation) is link:
+            del self._links[link.incarnation]
+        if link.handling is not None and link.handling is not asyncio.current_task():
+            link.handling.cancel()
+        if not link.over:
+            link.closed()
+
+    def view_changed(self, view: ClusterView) -> None:
+        """Connectors that are gone send nothing more."""
+        alive = {node.incarnation for node in view.with_service("connector") if node.state is not NodeState.FAILED}
+        for gone in self._seen - alive:
+            if (link := self._links.get(gone)) is not None:
+                self._end(link)
+        self._seen = alive
+
+    def surrender(self, session: str) -> None:
+        """Asks all connectors for the copy of a session: its router does not answer."""
+        self._negotiator.reattachment.wanted.add(session)
+        for link in self.links:
+            link.surrender(session)
+
+    @property
+    def links(self) -> list[ConnectorLink]:
+        return list(self._links.values())
 
     async def Forward(  # type: ignore[override]
         self, request_iterator: AsyncIterator[ForwardRequest], context: Any

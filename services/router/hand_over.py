@@ -229,7 +229,12 @@ class HandOver:
         while True:
             await session.lane.idle()
             safe = inbound.safe_through == inbound.number and session.withheld is None
-            if safe and not session.holds and not self._routing.forwarder.under_way(session.account):
+            if (
+                safe
+                and not session.holds
+                and not session.copying
+                and not self._routing.forwarder.under_way(session.account)
+            ):
                 return
             await asyncio.sleep(LOOK)
 
@@ -279,6 +284,9 @@ class HandOver:
             moved.ticket = ticket
         elif session.waits is not None:
             session.waits.cancel()
+        if session.holder is not None:
+            session.holder.forget(session)
+            session.holder = None
         self._routing.deliveries.deadlines.ended(session)
         self._routing.strategy.session_closed(session.account, session.jid.resource)
         for handler in self._hooks.session_left:

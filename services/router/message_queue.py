@@ -55,6 +55,9 @@ class WriteQueue:
         self._by_id: dict[bytes, list[Waiting]] = {}
         self._urgent: set[Waiting] = set()
         self.waiting_bytes = 0
+        # Marks that were ever put in, and those of them that are committed.
+        self.marks_put = 0
+        self.marks_written = 0
 
     @property
     def messages(self) -> int:
@@ -109,6 +112,7 @@ class WriteQueue:
         if id not in self._marks:
             self._marks[id] = None
             self.waiting_bytes += MARK_BYTES
+            self.marks_put += 1
 
     def take(self, most: int, most_bytes: int, most_marks: int) -> tuple[list[Message], list[bytes]]:
         """The next group: messages (one at least if any waits) and marks. It is under way until `written`, `put_back`
@@ -132,6 +136,7 @@ class WriteQueue:
         group, marks = self._under_way, self._marks_under_way
         self._under_way, self._marks_under_way = [], []
         self.waiting_bytes -= MARK_BYTES * len(marks)
+        self.marks_written += len(marks)
         for waiting in group:
             self._settle(waiting, None)
 
@@ -141,7 +146,9 @@ class WriteQueue:
             if not waiting.settled:
                 self._messages[waiting] = None
                 self._messages.move_to_end(waiting, last=False)
-        self.waiting_bytes -= MARK_BYTES * len(self._marks.keys() & self._marks_under_way)
+        again = len(self._marks.keys() & self._marks_under_way)
+        self.waiting_bytes -= MARK_BYTES * again
+        self.marks_written += again  # they are put in once
         self._marks = dict.fromkeys(self._marks_under_way) | self._marks
         self._under_way, self._marks_under_way = [], []
 

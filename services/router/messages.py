@@ -143,6 +143,15 @@ class MessageStore(Protocol):
         """What waits to be committed: the stanzas' bytes, and something for each message and mark."""
 
     @property
+    def away(self) -> bool:
+        """Whether the last commit failed: what waits is tried again."""
+
+    @property
+    def marks(self) -> tuple[int, int]:
+        """How many acknowledged messages were ever to be marked, and how many of these marks are committed. One whose
+        message is being written counts from when that is done."""
+
+    @property
     def oldest_waiting(self) -> float:
         """Since when, by the monotonic clock, the oldest message waits to be committed; 0.0 when none does."""
 
@@ -185,6 +194,15 @@ async def written(store: MessageStore, timeout: float) -> bool:
             return False
         await asyncio.sleep(LOOK)
     return True
+
+
+async def marked(store: MessageStore) -> None:
+    """Waits until all marks are committed that wait for it now."""
+    while not await written(store, LOOK):
+        pass
+    put = store.marks[0]
+    while store.marks[1] < put:
+        await asyncio.sleep(LOOK)
 
 
 def message_id(key: bytes, account: str, origin: str, number: int) -> bytes:

@@ -49,6 +49,10 @@ class MemoryMessageStore:
         return self._queue.waiting_bytes
 
     @property
+    def marks(self) -> tuple[int, int]:
+        return self._queue.marks_put, self._queue.marks_written
+
+    @property
     def oldest_waiting(self) -> float:
         return self._queue.oldest
 

@@ -81,6 +81,14 @@ class SqlMessageStore(SqlArchive):
         return self._queue.waiting_bytes
 
     @property
+    def away(self) -> bool:
+        return self._away
+
+    @property
+    def marks(self) -> tuple[int, int]:
+        return self._queue.marks_put, self._queue.marks_written
+
+    @property
     def oldest_waiting(self) -> float:
         return self._queue.oldest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -98,9 +98,6 @@ class RouterForModules:
 
     def deliver(self, session: Session, envelope: Envelope) -> None:
         self._routing.deliveries.deliver(session, envelope)
-
-    def deliver_stored(self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]]) -> None:
-        self._routing.deliveries.give_stored(session, page)
 
     def hold(self, session: Session) -> None:
         self._routing.deliveries.hold(session)

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from services.router.adoption import Adoption
     from services.router.binding import Binding
     from services.router.connector_link import ConnectorLink
+    from services.router.copies import Copies
     from services.router.hand_over import HandOver
+    from services.router.reattachment import Reattachment
     from services.router.resumption import Resumption
     from services.router.routing import Routing
     from services.router.safety import Safety
     from services.router.store import AccountStore
     from services.router.tickets import Tickets
+    from tidings.cluster.node import Node
 
 log = get_logger("router")
 
@@ -85,12 +88,17 @@ class Negotiator:
         safety: Safety,
         acknowledgements: Acknowledgements,
         resumption: Resumption,
+        copies: Copies,
+        answers: Callable[[Node], Awaitable[bool]],
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self.routing = routing
         self.safety = safety
         self.acknowledgements = acknowledgements
         self.resumption = resumption
+        self.copies = copies
+        # Whether a router has said something of late, or does now.
+        self._answers = answers
         self._binding = binding
         self.hand_over = hand_over
         self.adoption = adoption
@@ -100,12 +108,14 @@ class Negotiator:
         self._authentication = authentication
         self._accounts = accounts
         self._spawn = spawn
+        # Takes sessions over from connectors' copies; set by the router.
+        self.reattachment: Reattachment = None  # type: ignore[assignment]
         # Sessions that are ending just now.
         self.ending = 0
 
     # --- features ---
 
-    def opened(self, stream: Negotiation, opened: StreamOpened) -> None:
+    def opened(self, stream: Negotiation, opened: StreamOpened) -> Awaitable[None] | None:
         """RFC 6120 4.3.2: what the stream may do next."""
         stream.info = opened
         if opened.ticket:
@@ -113,15 +123,21 @@ class Negotiator:
             if ticket is None or ticket.session:
                 log.error("ticket_refused", connector=stream.link.name, stream=stream.number)
                 stream.link.close(stream.number, "not-authorized")
-                return
+                return None
             stream.account = Jid.parse(ticket.account)
             stream.moves = ticket.moves
             if ticket.resume:
                 # Another router has found that its session is here.
-                stream.lane.run(self.resumption.resume, stream, Envelope(stanza=ticket.resume))
-                return
-        if stream.account is not None and self._sent_on(stream):
-            return
+                return self.resumption.resume(stream, Envelope(stanza=ticket.resume))
+        if stream.account is not None and stream.moves < MAX_MOVES:
+            node = self.hand_over.target(str(stream.account))
+            if node is not None:
+                return self._send_on(stream, node)
+        self._show_features(stream)
+        return None
+
+    def _show_features(self, stream: Negotiation) -> None:
+        opened = stream.info
         parts: list[bytes] = []
         authenticated = stream.account is not None
         if authenticated:
@@ -132,14 +148,14 @@ class Negotiator:
         parts.extend(make(opened.host) for after, make in self._hooks.stream_features if after is authenticated)
         stream.link.command(stream.number).features.children = b"".join(parts)
 
-    def _sent_on(self, stream: Negotiation) -> bool:
-        """Whether another router keeps the sessions of this account: then the stream goes there before it binds."""
-        account = str(stream.account)
-        node = self.hand_over.target(account) if stream.moves < MAX_MOVES else None
-        if node is None:
-            return False
-        self._send_to(stream, node.incarnation, b"")
-        return True
+    async def _send_on(self, stream: Negotiation, node: Node) -> None:
+        """Another router keeps the sessions of this account: the stream goes there before it binds. Unless that one
+        does not answer: then it is served here, and its session moves when all is well."""
+        if await self._answers(node):
+            self._send_to(stream, node.incarnation, b"")
+        else:
+            log.info("stream_not_sent_on", account=str(stream.account), router=node.hostname)
+            self._show_features(stream)
 
     def send_to_session(self, stream: Negotiation, router: str, request: Envelope) -> bool:
         """Sends a stream that resumes on to the router of its session; False when it has come far enough."""
@@ -355,6 +371,9 @@ class Negotiator:
             if session.link is not None:
                 session.link.unbound(session)
                 session.link = None
+            if session.holder is not None:
+                session.holder.forget(session)
+                session.holder = None
             self.routing.deliveries.deadlines.ended(session)
             self.hand_over.ended(session)
             self.resumption.ended(session)

@@ -1,7 +1,8 @@
 """Sessions whose router is no more: their rows are removed, and who saw them available is told, exactly once.
 
-Each router takes the accounts that hash to it; the table lets one of them win, whatever their views. Nothing is
-said before the row is gone: a router that was stopped and wakes finds that its sessions are no longer its own.
+Those of which there are copies are taken over before that (reattachment.py). Of the others each router takes the
+accounts that hash to it; the table lets one of them win, whatever their views. Nothing is said before the row is
+gone: a router that was stopped and wakes finds that its sessions are no longer its own.
 
 Not promised: that those are told to whom the session had sent presence directly (RFC 6121 4.6) and who are no
 contacts. Whom it wrote to only its router knew.
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 log = get_logger("cluster")
 
+# Seconds for holders of copies to take sessions over, from the moment that their router is known to be gone; and
+# between two looks whether all have been taken.
+GRACE = 5.0
+LOOK_EARLY = 0.25
 # Seconds between two looks at what is left.
 LOOK = 1.0
 # Seconds between two looks for rows of routers that no view shows: all nodes may have died at once. They go when
@@ -73,22 +78,27 @@ class Orphans:
         self._alive = alive
         self._view = view
         for router in gone:
-            self._start(router)
+            self._start(router, GRACE)
 
-    def _start(self, router: str) -> None:
+    def _start(self, router: str, grace: float = 0.0) -> None:
         if router not in self._cleaning and router != self._own:
             self._cleaning.add(router)
             self._member.cleaning(router)
-            self._spawn(self._clean(router), "sessions of a router that is gone")
+            self._spawn(self._clean(router, grace), "sessions of a router that is gone")
 
-    async def _clean(self, router: str) -> None:
+    async def _clean(self, router: str, grace: float) -> None:
         first = True
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + grace
         try:
             while router not in self._alive:
                 try:
                     rows = await self._table.of_router(router)
                     if not rows:
                         break
+                    if loop.time() < ends:
+                        await asyncio.sleep(LOOK_EARLY)
+                        continue
                     log.info("ending_orphans", router=router, sessions=len(rows))
                     others = [node.incarnation for node in routers(self._view)] or [self._own]
                     if first:

@@ -31,6 +31,11 @@ log = get_logger("router")
 
 # Seconds until it is looked again whether the database is back.
 AGAIN = 1.0
+# Seconds that the router of a session may take to answer before its copy is asked for (DESIGN 7); seconds for that
+# one to come; and between two looks.
+SILENCE = 2.0
+TAKE_OVER_TIMEOUT = 8.0
+LOOK = 0.05
 # Sessions that are over whose clients may still ask how much was handled (5: `h` in <failed/>).
 MAX_OVER = 10_000
 
@@ -67,6 +72,11 @@ class Resumption:
         self.attached: Callable[[Session], None] = lambda _session: None
         # Sends a stream to the router of its session.
         self.send_on: Callable[[Negotiation, str, Envelope], bool] = lambda _stream, _router, _request: False
+        # Sees to it that another connector holds a copy of a session.
+        self.cover: Callable[[Session], None] = lambda _session: None
+        # Whether a router answers within so many seconds; asks for the copy of a session.
+        self.answers: Callable[[str, float], Awaitable[bool]] = _yes
+        self.surrender: Callable[[str], None] = lambda _session: None
         # Total, for metrics.
         self.resumed = 0
         self.refused = 0
@@ -88,6 +98,7 @@ class Resumption:
             for number, what in session.outbound.queue
         )
         self.wait(session, session.resume_seconds)
+        self.cover(session)
         log.debug("session_suspended", session=session.id, account=session.account, seconds=session.resume_seconds)
 
     def wait(self, session: Session, seconds: float) -> None:
@@ -121,8 +132,11 @@ class Resumption:
             attributes = parse_stanza(request.stanza).attrs
             id_, h = attributes.get("previd", ""), count_of(attributes.get("h", ""))
             session = await self._found(stream, id_)
-            if session is None and await self._is_elsewhere(stream, id_, request):
-                return
+            if session is None:
+                router = await self._elsewhere(stream, id_)
+                if router and self.send_on(stream, router, request):
+                    return
+                session = await self._found(stream, id_)
             if session is None:
                 raise StanzaError("item-not-found")
             self._go_on(stream, session, h)
@@ -152,13 +166,24 @@ class Resumption:
             return None
         return session if session.resume_seconds and not session.closed else None
 
-    async def _is_elsewhere(self, stream: Negotiation, id_: str, request: Envelope) -> bool:
-        """Whether another router has it, and the stream is on its way there. Raises DatabaseAway."""
+    async def _elsewhere(self, stream: Negotiation, id_: str) -> str:
+        """The other router that has it, and that answers; '' when there is none, or when it has come here. The copy of
+        a session whose router is gone, or does not answer, is asked for. Raises DatabaseAway."""
         assert stream.account is not None
-        for row in await self._table.of_account(stream.account):
-            if row.session == id_ and row.router != self._own:
-                return self.send_on(stream, row.router, request)
-        return False
+        ends = asyncio.get_running_loop().time() + TAKE_OVER_TIMEOUT
+        asked = ""
+        while asyncio.get_running_loop().time() < ends:
+            row = next((row for row in await self._table.of_account(stream.account) if row.session == id_), None)
+            if row is None or row.router == self._own:
+                return ""
+            if row.router != asked:
+                if await self.answers(row.router, SILENCE):
+                    return row.router
+                log.info("session_asked_for", session=id_, account=str(stream.account), router=row.router)
+                asked = row.router
+                self.surrender(id_)
+            await asyncio.sleep(LOOK)
+        return ""
 
     def _go_on(self, stream: Negotiation, session: Session, h: int) -> None:
         """5: what the client has not confirmed is sent again, behind <resumed/>. Raises TooHigh."""
@@ -192,3 +217,7 @@ def _stop_waiting(session: Session) -> None:
 
 
 async def _nothing(_session: Session) -> None: ...
+
+
+async def _yes(_router: str, _seconds: float) -> bool:
+    return True

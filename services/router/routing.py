@@ -76,6 +76,7 @@ class Routing:
         self._links = links
         self._spawn = spawn
         self.deliveries = Deliveries(sessions)
+        safety.on_confirmed = self.deliveries.confirmed
         self.endings = Endings(hooks, self.step, spawn)
         self.notes = Notes(hooks, self.step)
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
@@ -125,7 +126,10 @@ class Routing:
         if pending is not None:
             return self._dealt_later(pending, session, envelope.number)
         self.safety.dealt(session, envelope.number)
-        return None
+        relief = self.safety.relief(session) if envelope.kind == MESSAGE else None
+        if relief is not None:
+            session.lane.press()
+        return relief
 
     async def _dealt_later(self, pending: Awaitable[None], session: Session, number: int) -> None:
         try:
@@ -264,7 +268,7 @@ class Routing:
             # What most stanzas are: for a session that is here.
             match = self._sessions.of(account).get(to.resource)
             if match is not None:
-                self._at_account.give(match, envelope)
+                self._at_account.give(match, envelope, alone=True)
                 return None
         if session is not None and account == session.account and kind == IQ and not to.resource:
             # The session's own roster and the like are dealt with where the session is, also while it is not at its
@@ -273,7 +277,11 @@ class Routing:
         waiter = self.safety.waiter(envelope) if kind == MESSAGE else None
         item = Item(flow, account, to.resource, envelope, origin=session, waiter=waiter)
         pending: Pending = self.forwarder.run(item)
-        if pending is not None and waiter is not None:
+        if pending is not None and kind == MESSAGE and session is not None:
+            # It is being stored: that holds up nothing but what its sender sends to the same account.
+            self.forwarder.hold(item, pending)
+            pending = None
+        elif pending is not None and waiter is not None:
             return self._dealt_with(pending, item)
         if pending is None and session is not None and len(self.forwarder) and self.forwarder.long(flow):
             return self._relief(flow)

@@ -9,7 +9,8 @@ dealt with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 
 log = get_logger("router")
 
-# Below this part of the limit, sockets are read again.
+# Bytes that may wait while the database takes what it is given; more would only make everybody wait for longer.
+BUSY_LIMIT = 16_777_216
+# Stanzas of its own that may wait when a session is not held up all the same: it is for those who send much.
+FAIR = 4
+# Below this part of the limit, sockets are read again; and the seconds between two looks.
 RELIEF = 0.5
+LOOK = 0.5
 
 
 class Safety:
@@ -44,18 +50,24 @@ class Safety:
         limit: int,
         rules: ArchiveRules,
     ) -> None:
-        """`limit`: bytes that may wait for the database before sockets are not read any more."""
+        """`limit`: bytes that may wait for the database while that is away, before sockets are not read any more."""
         self._sessions = sessions
         self._messages = messages
         self._rules = rules
         self._limit = limit
-        # Whether a sender waits for the database: with `memory` too, as long as no second node holds sessions.
+        # Whether a sender waits until its messages are safe; and whether that is the case when two processes hold them,
+        # where two hold the session that gets one: else it waits for the database.
         self.waits = durability != "none"
+        self.memory = durability == "memory"
         self._key = b""
         # Told of a session when more of what it sent is safe.
         self.on_safe: Callable[[Session], None] = lambda _session: None
-        # Sessions that are not read until the database has caught up.
-        self._held: list[Session] = []
+        # Told of a session whose client has confirmed something.
+        self.on_confirmed: Callable[[Session], None] = lambda _session: None
+        # Bytes of messages that other routers have and have not said to be safe.
+        self.waiting_elsewhere: Callable[[], int] = lambda: 0
+        # What ends the waiting of sessions that send nothing until the database has caught up.
+        self._relieved: asyncio.Future[None] | None = None
         # The message that was looked at last, for which account, and its id if it is kept: each is asked for again at
         # once, when it is delivered.
         self._last: Envelope | None = None
@@ -79,7 +91,7 @@ class Safety:
                 return False
             number = inbound.take()
             inbound.count(Sent(number, kind, id_, to, raw))
-        elif self.waits:
+        elif self.waits or session.holder is not None:
             number = inbound.take()
         else:
             # Nobody will ask.
@@ -91,7 +103,7 @@ class Safety:
     def dealt(self, session: Session, number: int) -> None:
         """A stanza is where it has to go, or refused; what is written for it may still be under way."""
         inbound = session.inbound
-        if (self.waits or inbound.counts) and inbound.settle(number):
+        if (self.waits or inbound.counts or session.holder is not None) and inbound.settle(number):
             self.on_safe(session)
 
     # --- what is written ---
@@ -134,17 +146,35 @@ class Safety:
         waiter.expect()
         return waiter
 
-    def given(self, envelope: Envelope, account: Jid, holder: str, waiter: Waiter | None = None) -> None:
+    def given(
+        self, envelope: Envelope, account: Jid, holder: str, waiter: Waiter | None = None, copied: bool = False
+    ) -> Callable[[], None] | None:
         """A session of an account gets a message, and perhaps others too: it is written, and if it goes into the
         archive the receivers are told its id. Call it before it is delivered.
 
-        `waiter`: who waits until it is safe, if that is not the session that has sent it.
+        `waiter`: who waits until it is safe, if that is not the session that has sent it. `copied`: the receiver's
+        copy gets it; where it is safe with that, what is returned is to be called then.
         """
         if not self.waits and self._rules.idle:
-            return
+            return None
         message = self.message(envelope, account, holder, self.waits)
-        if message is not None:
+        if message is not None and not (copied and self.memory):
             self._write(message, waiter)
+            return None
+        if message is not None:
+            self._messages.write(message, self._written)
+        if not copied or not self.waits or not envelope.number:
+            return None
+        # What is stored for nobody must not be lost either with the router of a session that goes on.
+        sender = waiter if waiter is not None else self._sender(envelope.origin, envelope.number)
+        if sender is None:
+            return None
+        sender.expect()
+        return sender.settle
+
+    def _sender(self, origin: str, number: int) -> Waiter | None:
+        session = self._sessions.get(origin)
+        return _Sender(self, session, number) if session is not None else None
 
     def message(self, envelope: Envelope, account: Jid, holder: str = "", waits: bool = True) -> Message | None:
         """An account's copy of a message; None when it is not to be kept. From here on the stanza has the id of the
@@ -178,8 +208,6 @@ class Safety:
             sender = self._sessions.get(message.origin)
             if sender is not None:
                 sender.inbound.expect(message.number)
-                if self._limit and self._messages.waiting_bytes > self._limit:
-                    self._hold(sender)
             self._messages.write(message, partial(self._written, sender=sender, number=message.number))
 
     def _written(
@@ -192,8 +220,7 @@ class Safety:
             waiter.settle()
         elif sender is not None and sender.inbound.settle(number):
             self.on_safe(sender)
-        if self._held and self._messages.waiting_bytes < self._limit * RELIEF:
-            self._relieve()
+        self.look()
 
     def acknowledged(self, session: Session, what: list[Envelope | bytes]) -> None:
         """A session has what it was given."""
@@ -202,20 +229,44 @@ class Safety:
         kept = [id_ for id_ in ids if id_ is not None]
         if kept:
             self._messages.delivered(account, kept)
+        if what:
+            self.on_confirmed(session)
 
     # --- back-pressure ---
 
-    def _hold(self, session: Session) -> None:
-        """The database is behind: who goes on to send is not read."""
-        if session.lane.on_long is not None and session not in self._held:
-            self._held.append(session)
-            session.lane.on_long()
+    @property
+    def waiting_bytes(self) -> int:
+        """What the senders of this router wait for: here, and at other routers."""
+        return self._messages.waiting_bytes + self.waiting_elsewhere()
 
-    def _relieve(self) -> None:
-        held, self._held = self._held, []
-        for session in held:
-            if session.lane.on_short is not None:
-                session.lane.on_short()
+    def _bound(self) -> int:
+        return self._limit if self._messages.away else min(self._limit, BUSY_LIMIT)
+
+    def relief(self, session: Session) -> Awaitable[None] | None:
+        """What a session that has sent a message is to wait for before the next one is taken: the database, or another
+        router, is behind. Its socket is not read meanwhile."""
+        if not self._limit or (self._relieved is None and self.waiting_bytes <= self._bound()):
+            return None
+        inbound = session.inbound
+        if self.waits and inbound.number - inbound.safe_through <= FAIR:
+            return None
+        if self._relieved is None:
+            loop = asyncio.get_running_loop()
+            self._relieved = loop.create_future()
+            loop.call_later(LOOK, self._look_again, self._relieved)
+        return asyncio.shield(self._relieved)
+
+    def look(self) -> None:
+        """Less may wait now."""
+        if self._relieved is not None and self.waiting_bytes <= self._bound() * RELIEF:
+            relieved, self._relieved = self._relieved, None
+            relieved.set_result(None)
+
+    def _look_again(self, relieved: asyncio.Future[None]) -> None:
+        """What other routers say is seen here, and what is waited for without a message."""
+        self.look()
+        if relieved is self._relieved:
+            asyncio.get_running_loop().call_later(LOOK, self._look_again, relieved)
 
 
 class _Sender:
@@ -234,6 +285,7 @@ class _Sender:
     def settle(self) -> None:
         if self._session.inbound.settle(self._number):
             self._safety.on_safe(self._session)
+        self._safety.look()
 
 
 def _message(

@@ -6,37 +6,50 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from services.router.sessions import Session
+from services.router.sessions import BEHIND, Session
 from tidings.api.common.v1.session_pb2 import AskedIq, SessionFlags, SessionRecord, UnconfirmedMessage
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import PRESENCE
 from tidings.xmpp.jid import Jid
+from tidings.xmpp.stream_management import Sent
+
+
+def state_of(session: Session) -> SessionRecord:
+    """All but the queues, and what follows from them and from what is delivered."""
+    record = SessionRecord(
+        id=session.id, epoch=session.epoch, jid=session.jid_text, lang=session.lang,
+        counts=session.inbound.counts, counted_after=session.inbound.before,
+        sent_before_counting=session.outbound.base,
+        directed_presence=sorted(session.directed),
+        flags=SessionFlags(interested=session.interested, priority=session.priority),
+        resume_seconds=session.resume_seconds, connector_incarnation=session.connector, notes=session.notes,
+    )  # fmt: skip
+    if session.presence is not None:
+        record.presence.kind = PRESENCE
+        record.presence.stanza = session.presence
+    return record
 
 
 def record_of(session: Session, asked: Iterable[tuple[str, str, float]], left: float = 0.0) -> SessionRecord:
     """`asked`: its IQ requests that wait for an answer: to whom, the id, and the seconds that are left. `left`:
-    seconds for which it still waits for its client, when its stream has broken. All that it has sent is safe by now.
-    """
+    seconds for which it still waits for its client, when its stream has broken. What it has sent and is not passed is
+    not in it, but for what its client may repeat."""
     inbound, outbound = session.inbound, session.outbound
-    record = SessionRecord(
-        id=session.id, epoch=session.epoch, jid=session.jid_text, lang=session.lang,
-        handled=inbound.handled, counts=inbound.counts, number=inbound.number,
-        sent=outbound.sent, acknowledged=outbound.acknowledged, sent_before_counting=outbound.base,
-        taken=session.taken, directed_presence=sorted(session.directed),
-        flags=SessionFlags(interested=session.interested, priority=session.priority),
-        resume_seconds=session.resume_seconds, resume_left=left,
-        connector_incarnation=session.connector, notes=session.notes,
-        asked=[AskedIq(to_jid=to, id=id_, left=left) for to, id_, left in asked],
-    )  # fmt: skip
+    record = state_of(session)
+    record.handled, record.number, record.passed = inbound.handled, inbound.number, inbound.position
+    record.sent, record.acknowledged = outbound.sent, outbound.acknowledged
+    record.taken.update(session.taken)
+    record.since.update(session.since)
+    record.resume_left = left
+    record.asked.extend(AskedIq(to_jid=to, id=id_, left=left) for to, id_, left in asked)
+    for sent in inbound.kept():
+        record.unconfirmed.add(number=sent.number, kind=sent.kind, id=sent.id, to_jid=sent.to, stanza=sent.raw)
     for number, what in outbound.queue:
         if isinstance(what, Envelope):
             record.unacknowledged.add().CopyFrom(what)
             record.unacknowledged[-1].delivery = number
         else:
             record.unconfirmed_messages.append(UnconfirmedMessage(delivery=number, id=what))
-    if session.presence is not None:
-        record.presence.kind = PRESENCE
-        record.presence.stanza = session.presence
     return record
 
 
@@ -46,21 +59,27 @@ def session_of(record: SessionRecord, stream: int, spawn: Callable[[Any, str], A
     session.id = record.id
     session.epoch = record.epoch + 1
     session.connector = record.connector_incarnation
-    session.taken = dict(record.taken)
+    session.taken, session.since = dict(record.taken), dict(record.since)
     session.fresh = False
     session.directed = set(record.directed_presence)
     session.interested = record.flags.interested
     session.priority = record.flags.priority
     session.notes = dict(record.notes)
+    session.behind = deque() if BEHIND in session.notes else None
     session.presence = record.presence.stanza if record.HasField("presence") else None
     session.resume_seconds = record.resume_seconds
     inbound, outbound = session.inbound, session.outbound
     inbound.number = record.number
     if record.counts:
         inbound.enable()
-        inbound.handled = record.handled
+        inbound.before, inbound.handled = record.counted_after, record.handled
+        if record.unconfirmed:
+            inbound.carry_on(
+                [Sent(one.number, one.kind, one.id, one.to_jid, one.stanza) for one in record.unconfirmed]
+            )
+        inbound.last = record.number
     outbound.sent = outbound.asked = record.sent
-    outbound.acknowledged = record.acknowledged
+    outbound.acknowledged = session.marked = record.acknowledged
     outbound.base = record.sent_before_counting
     queue: list[tuple[int, Envelope | bytes]] = [(one.delivery, one) for one in record.unacknowledged]
     queue += [(one.delivery, one.id) for one in record.unconfirmed_messages]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from services.router.connector_link import ConnectorLink
     from tidings.api.common.v1.stanza_pb2 import Envelope
 
+# The note of a session that is behind: messages wait for it in the store, wherever it goes (see deliveries.py).
+BEHIND = "=behind"
+
 NOBODY: Mapping[str, Session] = MappingProxyType({})
 
 
@@ -29,10 +32,11 @@ class Session:
     """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
 
     __slots__ = (
-        "account", "asked", "asks", "closed", "connector", "directed", "early", "epoch", "fresh", "frozen", "held",
-        "holds", "id", "inbound", "interested", "jid", "jid_text", "lane", "lang", "link", "moving", "notes",
-        "outbound", "pinged", "presence", "priority", "resume_seconds", "seen_available", "settling", "stream",
-        "taken", "waits", "withheld",
+        "account", "asked", "asks", "behind", "closed", "connector", "copied", "copying", "directed", "early",
+        "epoch", "fresh", "frozen", "held", "holder", "holds", "id", "inbound", "interested", "jid",
+        "jid_text", "lane", "lang", "left", "link", "marked", "moving", "notes", "outbound", "pinged",
+        "presence", "priority", "resume_seconds", "seen_available", "settling", "since", "stream", "taken",
+        "waits", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +55,14 @@ class Session:
         self.closed = False
         # The incarnation of its connector.
         self.connector = link.incarnation if link is not None else ""
+        # The link to the connector that holds its copy; None: nobody does. A connector in another process that serves
+        # its stream holds one in any case. And the state that each of them was told last.
+        self.holder: ConnectorLink | None = None
+        self.copied: dict[ConnectorLink, object] = {}
+        # Up to which delivery it has confirmed, and that is written, as far as it needs to be.
+        self.marked = 0
+        # Stanzas for it that wait until the holder, being another connector than its own, has them.
+        self.copying = 0
         self.priority = 0
         self.presence: bytes | None = None
         self.interested = False
@@ -70,6 +82,8 @@ class Session:
         self.withheld: dict[str, deque[tuple[int, Envelope]]] | None = None
         # The last number that it took from each session that sent it something, so that hops may repeat.
         self.taken: dict[str, int] = {}
+        # And the first one: what that one has sent before was not given to this session.
+        self.since: dict[str, int] = {}
         # IQ requests that wait for an answer, with the time when that is over (see iq_deadlines.py).
         self.asked: dict[tuple[str, str], float] = {}
         # What the row of the session says.
@@ -84,10 +98,22 @@ class Session:
         # What is routed to it while stored messages go first.
         self.held: deque[Envelope] | None = None
         self.holds = 0
+        # It does not read as fast as others write: messages for it stay in the store (how many so far), and what else
+        # is routed to it waits here behind them; None: it is not behind.
+        self.behind: deque[Envelope] | None = None
+        self.left = 0
         # It has just been bound: messages wait a moment for its first presence (see deliveries.py).
         self.settling: asyncio.TimerHandle | None = None
         # No message has been delivered to it as it came.
         self.fresh = True
+
+    def changed(self) -> None:
+        """Its copies are to follow."""
+        holder, link = self.holder, self.link
+        if holder is not None:
+            holder.progress(self)
+        if link is not None and link is not holder:
+            link.progress(self)
 
 
 class Sessions:

@@ -174,8 +174,8 @@ class _Case:
 
     def disordered(self) -> Iterator[Finding]:
         """What came to another session first and falls to this one, because that one was cut off or has gone, may come
-        behind what this one got meanwhile; within itself it is in order too."""
-        last: dict[tuple[str, str, bool], tuple[int, str]] = {}
+        behind what this one got meanwhile; what was sent to one address is in order within itself too."""
+        last: dict[tuple[str, str, str], tuple[int, str]] = {}
         seen: set[tuple[str, str]] = set()
         for event in self.received:
             sends = self.sent.get(event.key, [])
@@ -183,7 +183,7 @@ class _Case:
                 continue
             seen.add((event.session, event.key))
             sent = sends[0]
-            chain = (event.session, sent.session, self._inherited(event, sent))
+            chain = (event.session, sent.session, sent.to if self._inherited(event, sent) else "")
             place = self.place[sent.session, sent.key]
             before = last.get(chain)
             if before is not None and before[0] > place:
@@ -194,7 +194,7 @@ class _Case:
     def _inherited(self, event: Received, sent: Sent) -> bool:
         """Another session of the account could have had it: one that lived beside this one, and broke before this came."""
         heir = self.lives[event.session]
-        return any(
+        return sent.to != heir.jid and any(
             life is not heir
             and life.began <= event.at
             and (life.ended is None or life.ended > heir.began)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+from tests.drills.replicated import Replicated
 from tidings.testing.mariadb import MariaDB
 from tidings.testing.network import Host, Network
 from tidings.testing.server import ONE_PROCESS, PROCESSES, SERVICES, Installation
 
 NODES = 3
+# Where Python finds what plants bugs.
+PLANTED = Path(__file__).parent / "planted"
 # Seconds for all that was started to serve: twelve processes take long where others compute.
 SERVE = 60.0
 
@@ -21,6 +25,18 @@ class Places(Installation):
     """An installation whose services have addresses of their own within the host of their node."""
 
     network: Network | None = None
+    # A bug that its processes have (planted/bugs.py); '' for none.
+    bug = ""
+
+    def environment(self, node: int = 0) -> dict[str, str]:
+        found = super().environment(node)
+        if self.bug:
+            found |= {"PLANTED_BUG": self.bug, "PYTHONPATH": os.pathsep.join([str(PLANTED), found["PYTHONPATH"]])}
+        return found
+
+    def arguments(self, node: int = 0) -> list[str]:
+        # Each node is a host of its own, as far as copies of sessions are concerned.
+        return [*super().arguments(node), f"--cluster-host=host{node + 1}"]
 
     def address_of(self, node: int, service: str) -> str:
         if self.network is not None and self.way == PROCESSES:
@@ -33,21 +49,24 @@ def _place(node: int, service: str) -> str:
 
 
 class Cluster:
-    """Three nodes, and what can be done to them. What was started serves when `serve` returns."""
+    """Some nodes, and what can be done to them. What was started serves when `serve` returns."""
 
     def __init__(
-        self, folder: Path, way: str, strategy: str, durability: str, networked: bool, mariadb: MariaDB | None = None
-    ) -> None:
+        self, folder: Path, way: str, strategy: str, durability: str, networked: bool, mariadb: MariaDB | Replicated | None = None,
+        nodes: int = NODES, bug: str = "",
+    ) -> None:  # fmt: skip
         """`networked`: each node and the database in a network namespace, so that ways between them can be cut.
-        Else `mariadb` may be one that runs already."""
+        Else `mariadb` may be one that runs already. `bug`: one of planted/bugs.py."""
         self.way = way
+        self.nodes = nodes
+        self._bug = bug
         self._folder = folder
         self._strategy = strategy
         self._durability = durability
         self.network = Network("n1", "n2", "n3", "db") if networked else None
         self._own_database = mariadb is None
         host = self.network.hosts["db"] if self.network else None
-        self.mariadb = mariadb or MariaDB(folder, host)
+        self.mariadb: MariaDB | Replicated = mariadb or MariaDB(folder, host)
         self.installation: Places = None  # type: ignore[assignment]
         # Processes that stand still.
         self._hung: set[str] = set()
@@ -60,16 +79,16 @@ class Cluster:
             self._give_addresses(self.network)
         if self._own_database:
             self.mariadb.start()
-        hosts = [self.network.hosts[f"n{node + 1}"] for node in range(NODES)] if self.network else []
-        Places.network = self.network
+        hosts = [self.network.hosts[f"n{node + 1}"] for node in range(self.nodes)] if self.network else []
+        Places.network, Places.bug = self.network, self._bug
         self.installation = Places(
             self.way, self._folder,
             ["--c2s-allow-plaintext=true", f"--message-durability={self._durability}", "--debug=cluster,router,connector"],
-            hosts="localhost", database=self.mariadb.create_database(), strategy=self._strategy, nodes=NODES,
+            hosts="localhost", database=self.mariadb.create_database(), strategy=self._strategy, nodes=self.nodes,
             hosts_of_nodes=hosts,
-            environment_of_nodes=[{"TIDINGS_CLUSTER_HOST": f"h{node + 1}"} for node in range(NODES)],
+            environment_of_nodes=[{"TIDINGS_CLUSTER_HOST": f"h{node + 1}"} for node in range(self.nodes)],
         )  # fmt: skip
-        for node in range(NODES):
+        for node in range(self.nodes):
             self.installation.start_node(node)
 
     def _give_addresses(self, network: Network) -> None:
@@ -128,10 +147,10 @@ class Cluster:
     async def serve(self) -> None:
         """Starts what does not run, and waits until all serve. Raises AssertionError."""
         self.wake()
-        for node in range(NODES):
+        for node in range(self.nodes):
             self.start_again(node)
         deadline = time.monotonic() + SERVE
-        for node in range(NODES):
+        for node in range(self.nodes):
             for name in self.names(node):
                 while '"event": "serving"' not in self.installation.log(name):
                     assert self.installation.processes[name].poll() is None, (

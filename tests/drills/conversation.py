@@ -132,7 +132,7 @@ class Conversation:
         key = f"{self.jid}-q{self._numbers}"
         content = f"<ping xmlns='{ns.PING}'/>" if to == self.domain else f"<query xmlns='{QUERY}'/>"
         self._history.record(Asked(self._history.now(), self.session, key, to))
-        if not self.counting and self._requested is None:
+        if not self.counting and self._requested is None and to == self.domain:
             self._requested = self._history.now()
         self._write("iq", key, f"<iq type='get' to={quoteattr(to)} id={quoteattr(key)}>{content}</iq>")
         return key
@@ -224,7 +224,9 @@ class Conversation:
                 return
             self._history.record(Answered(self._history.now(), self.session, key, sender))
             if not self.counting:
-                self._answered()
+                if sender == self.domain:
+                    # Somebody else may take long to answer, or be gone.
+                    self._answered()
                 self._later_answered(key)
             return
         known = len(element) and element[0].tag in (f"{{{ns.PING}}}ping", f"{{{QUERY}}}query")

@@ -7,11 +7,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from tests.drills.checker import Verdict, check
-from tests.drills.cluster import NODES, Cluster
+from tests.drills.cluster import Cluster
 from tests.drills.history import Event, Fault, History
 from tests.drills.population import Population
+from tidings.api.router.v1.account_pb2 import CreateAccountRequest
+from tidings.api.router.v1.account_pb2_grpc import AccountServiceStub
 
 # A fault counts when so many messages are unacknowledged at that moment; so often is it tried to have them.
 UNACKNOWLEDGED = 50
@@ -56,7 +59,7 @@ class Drill:
     # --- for faults ---
 
     def node(self, *but: int) -> int:
-        return self.random.choice([node for node in range(NODES) if node not in but])
+        return self.random.choice([node for node in range(self.cluster.nodes) if node not in but])
 
     def minute(self, short: float) -> float:
         """How long something lasts: a minute in long drills."""
@@ -97,25 +100,39 @@ class Drill:
         installation = self.cluster.installation
         addresses, port = installation.client_addresses, installation.port
         self.population = Population(self.history, addresses, port, self.random, self.managed)
-        await installation.add_accounts(*self.population.accounts)
+        await self._add_accounts()
         await self.population.start()
         self.population.talk()
 
-    async def settle(self) -> Verdict:
-        """All is healed, all come back, and what is under way arrives; the verdict."""
+    async def _add_accounts(self) -> None:
+        """By one channel: where others compute, a handshake for each takes longer than it may."""
+        channel = self.cluster.installation.dial(self.cluster.installation.router_address)
+        accounts: Any = AccountServiceStub(channel)
+        try:
+            for jid in self.population.accounts:
+                request = CreateAccountRequest(jid=jid, password="secret")
+                await accounts.CreateAccount(request, timeout=20, wait_for_ready=True)
+        finally:
+            await channel.close()
+
+    async def settle(self, within: float = SETTLE) -> Verdict:
+        """All is healed, all come back, and what is under way arrives, within so many seconds; the verdict."""
         await self.cluster.serve()
         late = await self.population.return_all(RETURN)
         if late:
             self.complaints.append(f"did not come back within {RETURN:.0f} s: {', '.join(late)}")
         await self.population.hush()
         self.population.read_stored()
-        deadline = self.history.now() + SETTLE
+        deadline = self.history.now() + within
         while self.history.now() < deadline:
             await asyncio.sleep(LOOK)
             if not self.population.in_flight() and not check(self._seen(), self._durable, patient=False).findings:
                 break
         for client in self.population.clients:
             self.complaints += client.complaints
+            if client.in_flight():
+                # Also when nothing is lost, for nothing was promised: somebody is deaf.
+                self.complaints.append(f"{client.jid}: {client.in_flight()} messages are still not acknowledged")
         self._measure()
         self.judged = self._seen()
         return check(self.judged, self._durable)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tests.drills import scenarios
-from tests.drills.drill import Drill
+from tests.drills.drill import UNACKNOWLEDGED, Drill
+from tests.drills.population import SHORT
 from tidings.testing.server import ONE_PROCESS, PROCESSES, SERVICES
 
 BOTH = (ONE_PROCESS, PROCESSES)
@@ -74,16 +76,35 @@ async def cut(drill: Drill) -> None:
         await drill.pause(2.0, 2.5)
 
 
+async def cut_for_a_moment(drill: Drill) -> None:
+    """Long enough for connections to break, too short for anybody to be put out: all streams go on where they were."""
+    one = drill.node()
+    other = drill.node(one)
+    async with drill.broken("cut for a moment", lambda: drill.cluster.cut(one, other)):
+        await drill.pause(3.5, 4.5)
+        drill.cluster.heal(one, other)
+        await drill.pause(2.0, 2.5)
+
+
+async def hang_router(drill: Drill) -> None:
+    """Its sessions are others' when it wakes, and then the time is over of those that it believes to wait."""
+    node = drill.node()
+    async with drill.broken("hang router", lambda: drill.cluster.hang(node, "router")):
+        await drill.pause(3.5, 4.5)
+        drill.cluster.wake()
+        await drill.pause(SHORT + 1.0, SHORT + 2.0)
+
+
 async def restart_database(drill: Drill) -> None:
     async with drill.broken("restart database", drill.cluster.mariadb.kill):
-        drill.cluster.mariadb.start()
+        await asyncio.to_thread(drill.cluster.mariadb.start)
         await drill.pause(1.0, 2.0)
 
 
 async def database_away(drill: Drill) -> None:
     async with drill.broken("database away", drill.cluster.mariadb.kill):
         await drill.pause(drill.minute(3.5), drill.minute(3.5) + 1)
-        drill.cluster.mariadb.start()
+        await asyncio.to_thread(drill.cluster.mariadb.start)
         await drill.pause(1.0, 2.0)
 
 
@@ -107,11 +128,15 @@ async def cut_clients(drill: Drill) -> None:
         for client in chosen:
             place = drill.random.randrange(1500)
             client.cut_after(**{drill.random.choice(["received", "sent"]): place})
+        # These are the bytes among which they are cut.
+        drill.population.burst(UNACKNOWLEDGED)
 
     async with drill.broken("cut clients", strike):
         await drill.pause(2.0, 3.0)
 
 
+# A session is held by its connector, by its router, and by their host: each of these takes one of its holders away.
+HOLDERS = ("router", "connector", "node", "hung node", "restart")
 DIES = (*SERVICES, "node", "hung node", "network", "database", "restart", "client")
 KINDS = (
     *(Kind(f"kill {service}", service, kill(service), 5.0, (PROCESSES,)) for service in SERVICES),
@@ -119,6 +144,8 @@ KINDS = (
     Kind("kill node again", "node", kill_again, 14.0),
     Kind("hang node", "hung node", hang, 10.0, minute=True),
     Kind("cut network", "network", cut, 11.0, networked=True, minute=True),
+    Kind("cut for a moment", "network", cut_for_a_moment, 8.0, networked=True),
+    Kind("hang router", "hung node", hang_router, 12.0, (PROCESSES,)),
     Kind("restart database", "database", restart_database, 5.0),
     Kind("database away", "database", database_away, 6.0, minute=True),
     Kind("drain node", "restart", drain, 8.0),
@@ -131,7 +158,9 @@ KINDS = (
     Kind("second device", "client", scenarios.the_first_of_two_devices_is_cut, 4.0),
     Kind("log-in under fire", "client", scenarios.a_log_in_while_messages_come, 4.0),
     Kind("stored, then kill", "node", scenarios.stored_just_before_the_kill, 8.0),
+    Kind("no commit, then kill", "node", scenarios.a_kill_while_the_database_stands_still, 8.0),
     Kind("hung between", "hung node", scenarios.one_hung_node_between_two_others, 13.0, minute=True),
     Kind("killed for good", "node", scenarios.contacts_of_those_who_died_with_their_node, 10.0),
+    Kind("old copies", "router", scenarios.an_old_copy_comes_back, 9.0, (PROCESSES,)),
     Kind("owner wakes", "hung node", scenarios.the_hung_owner_wakes_after_a_take_over, 9.0),
 )

@@ -144,6 +144,31 @@ async def stored_just_before_the_kill(drill: Drill) -> None:
         await _start_again(drill, node)
 
 
+async def a_kill_while_the_database_stands_still(drill: Drill) -> None:
+    """What waits for its commit is not safe, however long that takes: whoever dies with it has not said that it is."""
+    node = drill.node()
+    # Half of them have walked out of reach, and nobody knows yet.
+    vanished = [client for client in _at(drill, node) if client in drill.population.singles][::2]
+    writers = [client for client in drill.population.working() if client not in vanished]
+    for client in vanished:
+        client.vanish(silently=True)
+    drill.cluster.mariadb.hang()
+    try:
+        for _ in range(20):
+            for client in writers:
+                client.send(drill.random.choice(vanished).jid)
+            await asyncio.sleep(0.04)
+        # Long enough for every client to ask what is safe by now.
+        await drill.pause(0.6, 0.9)
+        async with drill.broken("no commit, then kill", lambda: drill.cluster.kill(node)):
+            drill.cluster.mariadb.go_on()
+            await _start_again(drill, node)
+    finally:
+        drill.cluster.mariadb.go_on()
+    for client in vanished:
+        client.call_back()
+
+
 async def one_hung_node_between_two_others(drill: Drill) -> None:
     """It does not hold up what the others have to do with each other."""
     node = drill.node()
@@ -213,9 +238,30 @@ async def the_hung_owner_wakes_after_a_take_over(drill: Drill) -> None:
     held = _at(drill, node)
     async with drill.broken("owner wakes", lambda: drill.cluster.hang(node)):
         for client in held:
-            client.at = (node + 1) % 3
             client.drop()
+            client.at = (node + 1) % 3
         # Three seconds: a take-over (2 s), but no lease.
         await drill.pause(3.0, 4.5)
         drill.cluster.wake()
         await drill.pause(1.0, 2.0)
+
+
+async def an_old_copy_comes_back(drill: Drill) -> None:
+    """Clients resume elsewhere while their connector hangs; when it wakes their router has just died, and it brings
+    copies of their sessions that have grown old."""
+    node = drill.node()
+    held = _at(drill, node)
+
+    def strike() -> None:
+        drill.cluster.kill(node, "router")
+        drill.cluster.wake()
+
+    drill.cluster.hang(node, "connector")
+    for client in held:
+        client.drop()
+        client.at = (node + 1) % 3
+    await drill.until(lambda: all(client.works for client in held), 3.0)
+    async with drill.broken("old copies", strike):
+        await drill.pause(2.0, 3.0)
+        drill.cluster.start_again(node)
+        await drill.pause(2.0, 2.5)

@@ -267,6 +267,15 @@ def test_what_falls_to_a_session_from_another_device_may_come_behind_but_is_in_o
     assert story().deliver("b2", "2", "1").found() == [DISORDERED]
 
 
+def test_what_was_sent_to_a_session_itself_is_no_heritage() -> None:
+    def story() -> Story:
+        sent = both().begin("b2", B2).send("a", "1", B).send("a", "2", B2).send("a", "3", B2)
+        return sent.cut("b").end("b")
+
+    assert story().deliver("b2", "2", "1", "3").found() == []
+    assert story().deliver("b2", "3", "1", "2").found() == [DISORDERED]
+
+
 # --- phantoms ---
 
 

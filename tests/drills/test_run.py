@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.drills.checker import KINDS
+from tests.drills.checker import ENDED_EARLY, KINDS
 from tests.drills.drill import UNACKNOWLEDGED, Count
 from tests.drills.run import LEAST_MESSAGES, Result
 
@@ -25,10 +25,16 @@ def test_the_last_two_lines_are_for_a_program() -> None:
     assert told[-1] == "drills: 2 seeds, 1000 messages, 1 lost, 0 doubled, 0 out of order"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ENDED_EARLY])
 def test_any_finding_fails_the_run(kind: str) -> None:
     assert not result().failed()
     assert result(found=Counter({kind: 1})).failed()
+
+
+def test_sessions_that_died_with_their_router_are_told_and_fail_nothing() -> None:
+    told = result(found=Counter({ENDED_EARLY: 3}))
+    assert not told.failed()
+    assert f"3 {ENDED_EARLY}" in told.lines()[0]
 
 
 def test_a_complaint_and_too_few_messages_fail_the_run() -> None:
@@ -37,4 +43,4 @@ def test_a_complaint_and_too_few_messages_fail_the_run() -> None:
 
 
 def test_pauses_are_told_by_fault() -> None:
-    assert result().pauses()[1].split() == ["kill", "node", "3", "1.50", "4.00"]
+    assert result().pauses()[-1] == "| kill node | 1 | 3 | 1.50 | 4.00 |"

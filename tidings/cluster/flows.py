@@ -90,7 +90,7 @@ class Port(Protocol):
 class Sent:
     """An item that a link carries, till its receiver has said what became of it."""
 
-    __slots__ = ("flow", "group", "item", "node", "waiter")
+    __slots__ = ("flow", "group", "item", "node", "size", "waiter")
 
     def __init__(self, flow: Flow | None, item: Item, node: str, group: Group | None) -> None:
         self.flow = flow
@@ -99,6 +99,8 @@ class Sent:
         self.group = group
         # Expects that the receiver says that it is safe there, or that it comes back.
         self.waiter = item.waiter
+        # Bytes that count as waiting for that.
+        self.size = 0
 
 
 class Group:

@@ -27,8 +27,10 @@ __all__ = ["Forwarder", "Item", "Mode", "Pending", "Port", "Sent"]
 MAX_WAITING = 1000
 # Stanzas of one flow that may be under way to another router; further ones wait here.
 MAX_OUTSTANDING = 1000
-# From so many on, whoever can hold its own sources back does so (`Forwarder.long`).
+# From so many on, whoever can hold its own sources back does so (`Forwarder.long`); of one flow, and of flows of one
+# sender.
 HIGH = 64
+MANY = 64
 
 
 class Forwarder:
@@ -87,6 +89,10 @@ class Forwarder:
         self._send_decide(flow or self._open(item.flow), item, plan)
         return None
 
+    def hold(self, item: Item, pending: Pending) -> None:
+        """Lets what the same sender sends to the same account wait for what `run` has returned, and nothing else."""
+        self._hold(self._open(item.flow), item, pending)
+
     def dealt(self, item: Item) -> None:
         """What `run` has had its sender wait for is over."""
         self._done(item)
@@ -96,16 +102,17 @@ class Forwarder:
         return key not in self._flows and self._strategy.locate(account, resource) is HERE
 
     def long(self, key: tuple[str, ...]) -> bool:
-        """Whether so much waits in a flow that its sender should not be read for a while."""
+        """Whether so much waits in a flow, or so many flows of its sender are under way, that the sender should not
+        be read for a while."""
         flow = self._flows.get(key)
-        return flow is not None and len(flow.queue) >= HIGH
+        return flow is not None and (len(flow.queue) >= HIGH or self._senders.get(key[0], 0) > MANY)
 
     def under_way(self, account: str) -> bool:
         """Whether something that an account of this router sent has not been dealt with."""
         return account in self._senders
 
     def on_relief(self, key: tuple[str, ...], then: Callable[[], None]) -> None:
-        """Calls `then` when nothing waits in a flow any more."""
+        """Calls `then` the next time that nothing waits in a flow, at the latest when all of it is dealt with."""
         flow = self._flows.get(key)
         if flow is None:
             then()

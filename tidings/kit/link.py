@@ -37,6 +37,10 @@ SHORTEST_WAIT = 0.0002
 # dead. Beyond either `Overflow` is raised, and the link's owner ends the link.
 MAX_WAITING = 256
 MAX_WAITING_BYTES = 64 << 20
+# From so much on whoever can hold its own sources back does so, until it is half of that: a stanza of 200 bytes takes
+# some 3 KiB on its way, so that this is 25 MiB.
+CONGESTED = 16
+CONGESTED_BYTES = 8 << 20
 # Sent batches of a resumable link that its peer has not confirmed; with so many, those that follow wait.
 MAX_UNCONFIRMED = 128
 # Seconds that a confirmation may wait for company.
@@ -66,7 +70,7 @@ class Outbox(Generic[B]):
     """What waits to be sent on one link.
 
     Its bounds are MAX_WAITING closed batches and MAX_WAITING_BYTES; beyond either `begin` and `begin_item` raise
-    Overflow. From half of that on `congested` is true: whoever can hold back its own sources does so then. An
+    Overflow. Long before `congested` is true: whoever can hold back its own sources does so then. An
     outbox of answers has no bound of its own: who asks is bounded.
 
     A resumable link outlives its calls: what the peer has not confirmed is kept, and sent again by the next
@@ -74,6 +78,7 @@ class Outbox(Generic[B]):
     """
 
     __slots__ = (
+        "_awaited",
         "_bounded",
         "_bytes",
         "_confirm",
@@ -111,6 +116,8 @@ class Outbox(Generic[B]):
         self._confirm = False
         # The last batch that the peer has confirmed.
         self.confirmed_through = 0
+        # What waits until the peer has confirmed a batch, with its number.
+        self._awaited: deque[tuple[int, Callable[[], None]]] = deque()
         # Called with each batch when it has got its number.
         self.on_batch: Callable[[B], None] | None = None
         self._new = new
@@ -156,7 +163,11 @@ class Outbox(Generic[B]):
 
     @property
     def congested(self) -> bool:
-        return len(self._waiting) > MAX_WAITING // 2 or self._waiting_bytes > MAX_WAITING_BYTES // 2
+        return len(self._waiting) > CONGESTED or self._waiting_bytes > CONGESTED_BYTES
+
+    @property
+    def _is_relieved(self) -> bool:
+        return len(self._waiting) <= CONGESTED // 2 and self._waiting_bytes <= CONGESTED_BYTES // 2
 
     def _close(self) -> None:
         if not self._count:
@@ -202,6 +213,22 @@ class Outbox(Generic[B]):
             self._unconfirmed.popleft()
             if len(self._unconfirmed) == MAX_UNCONFIRMED - 1:
                 self._wake()
+        while self._awaited and self._awaited[0][0] <= through:
+            self._awaited.popleft()[1]()
+
+    def when_confirmed(self, then: Callable[[], None]) -> None:
+        """Calls `then` when the peer has what was put in last; in order."""
+        self._awaited.append((self.sequence + len(self._waiting) + 1, then))
+
+    def release(self) -> None:
+        """The link is over: nothing waits for the peer any more."""
+        while self._awaited:
+            self._awaited.popleft()[1]()
+
+    def confirm_at_once(self) -> None:
+        """Tells the peer what was taken with the next batch, which goes at the next tick."""
+        self._confirm = True
+        self._wake()
 
     def resume(self, after: int) -> None:
         """Another call begins: batches behind this number are sent again, first."""
@@ -248,7 +275,7 @@ class Outbox(Generic[B]):
             if self._waiting:
                 batch, count, size = self._waiting.popleft()
                 self._waiting_bytes -= size
-                if self.relieving and not self.congested:
+                if self.relieving and self._is_relieved:
                     self.relieving = False
                     if self.on_relief is not None:
                         self.on_relief()
@@ -283,7 +310,7 @@ class Outbox(Generic[B]):
         """False when the stream is over: who reads it sees why."""
         try:
             await write(batch)
-        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+        except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
             return False
         return True
 
@@ -330,14 +357,19 @@ class Lane:
     def run(self, step: Callable[..., Awaitable[None] | None], *args: Any) -> None:
         if self.waiting is not None:
             self.waiting.append((step, args))
-            if len(self.waiting) >= self.HIGH and not self._long:
-                self._long = True
-                if self.on_long is not None:
-                    self.on_long()
+            if len(self.waiting) >= self.HIGH:
+                self.press()
             return
         result = step(*args)
         if result is not None:
             self.hold(result)
+
+    def press(self) -> None:
+        """Has whoever fills the lane hold back, until it is empty again."""
+        if not self._long:
+            self._long = True
+            if self.on_long is not None:
+                self.on_long()
 
     def hold(self, result: Awaitable[None]) -> None:
         """Lets what comes next wait for `result`, of a step that the caller has run itself."""

@@ -16,7 +16,7 @@ other exception becomes <internal-server-error/> and a log line.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -182,10 +182,6 @@ class RouterPort(Protocol):
 
     def deliver(self, session: Session, envelope: Envelope) -> None:
         """Writes a stanza to one session, in order, without any further rule and past `hold`."""
-
-    def deliver_stored(self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]]) -> None:
-        """The same for messages of the store, each with its id and whether sessions were given it when it came; what
-        the session has had is dropped."""
 
     def hold(self, session: Session) -> None:
         """Keeps back what is routed to a session, until `release`: stored messages go first."""

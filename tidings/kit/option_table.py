@@ -61,7 +61,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("comp-class-N", T.COMPONENT, "", "A component to switch on.", pattern=True, example="tigase.pubsub.cluster.PubSubComponentClustered"),
     Option("component-allow", T.LIST, "", "What the component NAME may register: domains, name.{vhost}, account:NAMESPACE, feed:presence, feed:session-end, *.", named=True, example="weather.{vhost}"),
     # --- sessions ---
-    Option("session-copies", T.COUNT, "0", "How many nodes hold a session; 0: two in cluster mode, else one."),
+    Option("session-copies", T.COUNT, "0", "How many processes hold a session: 1, or 2 where there are others, so that it outlives its router; 0 means 2."),
     Option("message-durability", T.CHOICE, "database", "When a message is acknowledged: database, when it is stored; memory, when two nodes have it; none, when it is dealt with.", choices=("none", "memory", "database")),
     Option("pending-limit", T.BYTES, "256M", "Bytes of messages that may wait for the database in a router; beyond it, clients are not read. Stops a slow database from filling memory."),
     Option("resume-timeout", T.SECONDS, "300s", "How long a session waits for its client (XEP-0198); 0: it ends with its connection.", per_host=True),

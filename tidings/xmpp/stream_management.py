@@ -58,7 +58,7 @@ class Inbound:
     `settle` that one of these things has; whoever takes a stanza has expected one, and settles it too.
     """
 
-    __slots__ = ("_again", "_counted", "_open", "counts", "handled", "number")
+    __slots__ = ("_again", "_counted", "_open", "before", "counts", "handled", "last", "number", "resumed_at")
 
     def __init__(self) -> None:
         # The last number given.
@@ -70,12 +70,17 @@ class Inbound:
         self.counts = False
         self.handled = 0
         self._counted: deque[Sent] = NOTHING
+        # The last number given to a stanza that the client does not count; to one in `h`; and before it resumed.
+        self.before = 0
+        self.last = 0
+        self.resumed_at = 0
         # What the client may repeat since it has resumed.
         self._again: deque[Sent] = NOTHING
 
     def enable(self) -> None:
         """3: counting begins behind <enable/>."""
         self.counts = True
+        self.before = self.last = self.number
         self._counted = deque()
 
     def take(self) -> int:
@@ -85,8 +90,9 @@ class Inbound:
         return number
 
     def count(self, sent: Sent) -> None:
-        """The client counts this one; called behind `take` while `counts` is true."""
-        self._counted.append(sent)
+        """The client counts this one, if it came behind <enable/>; called behind `take` while `counts` is true."""
+        if sent.number > self.before:
+            self._counted.append(sent)
 
     def expect(self, number: int) -> None:
         """One thing more must happen before a stanza is safe; what is safe already stays it."""
@@ -108,7 +114,7 @@ class Inbound:
     def _advance(self) -> None:
         counted = self._counted
         while counted and counted[0].number not in self._open:
-            counted.popleft()
+            self.last = max(self.last, counted.popleft().number)
             self.handled += 1
 
     @property
@@ -129,12 +135,45 @@ class Inbound:
     def unsafe(self) -> list[int]:
         return list(self._open)
 
+    # --- what a copy elsewhere need not keep ---
+
+    @property
+    def position(self) -> int:
+        """Of the stanzas that the client has sent, in the order in which they came since bind: how many went before
+        the first one that is not in `h`, or not safe if it does not count."""
+        return self.before + self.handled if self.counts else self.safe_through
+
+    @property
+    def passed(self) -> int:
+        """The same, but for what the client does not count and is not safe yet."""
+        return (
+            min(self.safe_through, self.before) if self.counts and self.safe_through < self.before else self.position
+        )
+
+    @property
+    def last_passed(self) -> int:
+        """The highest number among those that are passed."""
+        return self.last if self.counts and self.passed >= self.before else self.passed
+
+    @property
+    def again_from(self) -> int:
+        """The lowest number that the client may still repeat, or has repeated and is not in `h`; 0: none."""
+        if not self.resumed_at:
+            return 0
+        kept = (sent.number for sent in (*self._again, *self._counted) if sent.number <= self.resumed_at)
+        return min(kept, default=0)
+
     # --- resumption ---
 
     def resume(self) -> None:
         """5: what is not in `h` now may come again, all of it or only some, in its old order."""
-        self._again = deque((*self._again, *self._counted))
+        self.carry_on(self.kept())
+
+    def carry_on(self, kept: list[Sent]) -> None:
+        """The same, with what a copy of the session knows to be kept."""
+        self._again = deque(kept)
         self._counted = deque()
+        self.resumed_at = self.last = self.number
 
     def repeated(self, kind: int, id_: str, to: str, raw: bytes) -> int:
         """The number of the stanza that this one repeats, or 0. What was sent before that one comes no more."""
@@ -187,7 +226,7 @@ class TooHigh(StreamError):
 class Outbound(Generic[T]):
     """What a session gets: each stanza has a number, 1, 2, 3 … from bind, and waits here for its acknowledgement."""
 
-    __slots__ = ("acknowledged", "asked", "base", "queue", "sent")
+    __slots__ = ("_sizes", "acknowledged", "asked", "base", "bytes", "queue", "sent")
 
     def __init__(self) -> None:
         # The last number given, and the last one that the client has confirmed.
@@ -199,16 +238,25 @@ class Outbound(Generic[T]):
         self.asked = 0
         # What it has not confirmed, each with its number.
         self.queue: deque[tuple[int, T]] = NOTHING
+        # The bytes of it, as far as they are known; and by number.
+        self.bytes = 0
+        self._sizes: dict[int, int] = {}
 
     def enable(self) -> None:
         """3: the client counts what follows. What it got before that is confirmed with the first of these."""
         self.base = self.acknowledged = self.asked = self.sent
 
-    def keep(self, what: T) -> None:
-        """The last one that was sent waits for its confirmation."""
+    def keep(self, what: T, size: int = 0) -> None:
+        """The last one that was sent, of so many bytes, waits for its confirmation."""
         if self.queue is NOTHING:
             self.queue = deque()
         self.queue.append((self.sent, what))
+        self._sizes[self.sent] = size
+        self.bytes += size
+
+    def forget_oldest(self) -> None:
+        """The first one that waits does so no longer."""
+        self.bytes -= self._sizes.pop(self.queue.popleft()[0], 0)
 
     def acknowledge(self, h: int) -> list[T]:
         """<a/> or <resume/> said `h`: what is confirmed by that, in order. Raises TooHigh, and changes nothing."""
@@ -225,7 +273,9 @@ class Outbound(Generic[T]):
         queue = self.queue
         confirmed: list[T] = []
         while queue and queue[0][0] <= number:
-            confirmed.append(queue.popleft()[1])
+            sent, what = queue.popleft()
+            confirmed.append(what)
+            self.bytes -= self._sizes.pop(sent, 0)
         return confirmed
 
 

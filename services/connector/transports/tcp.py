@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from services.connector.client_stream import ClientStream
 
-# One read at most. A TLS record is 16 KiB; larger reads only make other connections wait longer.
-RECEIVE_BYTES = 64 * 1024
+# One read at most. Larger ones only make other connections wait longer, and what is read of many at once has to be
+# kept.
+RECEIVE_BYTES = 4 * 1024
 _received = memoryview(bytearray(RECEIVE_BYTES))
 
 # Seconds for a TLS handshake: stops clients that never shake hands from holding memory. It may take as long as

@@ -54,9 +54,11 @@ class Bound:
 
     def __init__(self) -> None:
         self.tasks = Tasks()
-        self.streams = Streams(lambda _stream: self.old, self._link_to, Addresses(0), self.tasks.spawn)
+        self.streams = Streams(
+            lambda _stream: self.old, self._link_to, self._link_to, lambda _name: None, Addresses(0), self.tasks.spawn
+        )
         self.old, self.new = (
-            RouterLink(self.streams, Node(name, name, "127.0.0.1", 1), True, lambda: None) for name in ("old", "new")
+            RouterLink(self.streams, Node(name, name, "127.0.0.1", 1), True) for name in ("old", "new")
         )
         self.reached = asyncio.Event()
         self.reached.set()
@@ -191,6 +193,6 @@ async def test_a_stream_ends_when_its_router_is_lost_in_the_midst_of_a_move() ->
         bound.command(prepare_move=PrepareMove(attempt=1))
         if left:
             bound.stream.disconnected("connection reset")
-        bound.stream.router_lost()
+        bound.stream.router_lost(True)
         assert len(bound.streams) == 0
         assert (b"<system-shutdown" in bound.connection.written) is not left

@@ -89,7 +89,7 @@ async def attached(
     monkeypatch.setattr(router_link, "RETRY", 0.02)
     monkeypatch.setattr(component, "RETRY", 0.02)
     member = Member(OWN, list, tasks, lambda: (0.0, 0.0), lambda _why, _how: None)
-    router = Router(router_pb2.AttachResponse(sequence=1))
+    router = Router(router_pb2.AttachResponse(welcome=router_pb2.AttachWelcome(router_incarnation="r")))
     components = Components(component_pb2.AttachResponse(registered=component_pb2.Registered()))
     port = free_port("127.0.0.1")
     server = ClusterServer(
@@ -102,7 +102,14 @@ async def attached(
     node = Node("r1", "r", "127.0.0.1", port, ("router",), NodeState.UP, certificate=normalised(KEYS.certificate))
     show(member, 1, node)
     if request.param == "connector":
-        streams = Streams(lambda stream: links.choose(stream), lambda name: links.to(name), Addresses(0), tasks.spawn)
+        streams = Streams(
+            lambda stream: links.choose(stream),
+            lambda name: links.to(name),
+            lambda name: links.other(name),
+            lambda name: links.now(name),
+            Addresses(0),
+            tasks.spawn,
+        )
         links = RouterLinks(streams, member, channels, OWN, tasks)
         links.start()
         yield router, member, node, links._links

@@ -11,6 +11,7 @@ from services.router.acknowledgements import Acknowledgements
 from services.router.app import StrategyContext
 from services.router.archive_rules import ArchiveRules
 from services.router.component_links import ComponentLinks
+from services.router.deliveries import Deliveries
 from services.router.messages import MessageStore
 from services.router.messages_memory import MemoryMessageStore
 from services.router.rosters import Rosters
@@ -207,6 +208,7 @@ class MemoryRouter:
             RosterStore: self.stores.rosters,
             MessageStore: self.stores.messages,
             Safety: self.safety,
+            Deliveries: self.routing.deliveries,
             ArchiveRules: self.rules,
             Rosters: self.rosters,
         }

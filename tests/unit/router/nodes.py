@@ -289,7 +289,14 @@ class Nodes:
         connector = Node("front", "front", "127.0.0.1", 1, ("connector",), UP)
         self.members["front"] = Membership(connector)
         self.prefers = ""
-        self.streams = Streams(self._choose, lambda router: self._links.to(router), Addresses(0), self.tasks.spawn)
+        self.streams = Streams(
+            self._choose,
+            lambda router: self._links.to(router),
+            lambda router: self._links.other(router),
+            lambda router: self._links.now(router),
+            Addresses(0),
+            self.tasks.spawn,
+        )
         self._links = RouterLinks(
             self.streams,
             self.members["front"],
@@ -333,6 +340,17 @@ class Nodes:
         )
         router = self.routers[name] = Router(context)
         await router.start()
+
+    async def kill(self, name: str) -> None:
+        """A router is gone from one moment to the next, with all that it had in memory; the others know."""
+        router = self.routers.pop(name)
+        for session in router.sessions:
+            session.link = session.holder = None
+        await self._owners.pop(name).stop()
+        await self.served[name].stop()
+        await self.databases.pop(name).stop()
+        del self.members[name]
+        self.tell(**dict.fromkeys(self.routers, UP))
 
     async def stop(self) -> None:
         await self.tasks.stop()
@@ -420,7 +438,7 @@ async def running(folder: Path, *names: str, strategy: str = "home") -> AsyncIte
         yield nodes
     finally:
         await nodes.stop()
-    assert nodes.died == [], "a task of a router died"
+    assert nodes.died == [], f"a task of a router died: {nodes.died}"
 
 
 async def soon(condition: Callable[[], bool], what: str, timeout: float = 5.0) -> None:

@@ -10,12 +10,14 @@ import pytest
 
 from services.router import module_loader
 from services.router.connector_link import ConnectorLink, _verified
+from services.router.copies import Copies
 from services.router.negotiation import Negotiation, Negotiator
 from services.router.resumption import Resumption
 from services.router.sessions import Session
 from tests.unit.router.memory_router import HOST, MemoryRouter, iq, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamEvent
+from tidings.cluster.view import ClusterView
 from tidings.kit import link as link_kit
 from tidings.kit.db import DatabaseAway
 from tidings.kit.link import Lane, Outbox
@@ -93,7 +95,8 @@ class Attached:
             accounts=router.stores.accounts, binding=NobodyElsewhere(),  # type: ignore[arg-type]
             hand_over=nobody, adoption=nobody, tickets=nobody, safety=router.safety,
             acknowledgements=router.acknowledgements, resumption=self.resumption,
-            spawn=router.tasks.spawn,
+            copies=Copies(router.own, nobody, router.routing.deliveries.deadlines, ClusterView),
+            answers=nobody, spawn=router.tasks.spawn,
         )  # fmt: skip
         self.outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0)
         self.cut_off = 0

@@ -125,6 +125,6 @@ async def test_a_ticket_for_a_session_does_not_open_a_stream(tmp_path: Path) -> 
         sealed = nodes.routers["a"]._tickets.seal("front", "juliet@example.org", session.id, session.epoch)
         other = Client(nodes, "other")
         await other.open("<mechanisms")
-        other.stream._tell_opened(sealed)
+        other.stream.tell_opened(sealed)
         await other.until("<not-authorized")
         assert not juliet.closed

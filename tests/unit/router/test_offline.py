@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from services.router import read_back
 from services.router.messages import Kept, Message
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
@@ -24,6 +25,7 @@ JULIET = Jid.parse(f"juliet@{HOST}")
 
 @pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
+    monkeypatch.setattr(read_back, "RETRY", 0.01)
     monkeypatch.setattr(xep_0160_offline, "RETRY", 0.01)
     return Stores()
 
@@ -78,11 +80,11 @@ async def test_a_session_whose_stream_has_closed_gets_no_further_page(router: Me
 
     def closes(session: Session, envelope: Envelope, number: int) -> None:
         deliver(session, envelope, number)
-        first.closed = first.closed or len(texts(router, first)) == xep_0160_offline.PAGE
+        first.closed = first.closed or len(texts(router, first)) == read_back.PAGE
 
     router.link.deliver = closes  # type: ignore[method-assign]
     await router.send(first, presence())
-    assert texts(router, first) == names[: xep_0160_offline.PAGE]
+    assert texts(router, first) == names[: read_back.PAGE]
     second = await router.session("juliet", "second", available=False)
     await router.end(first)
     await router.send(second, presence())
@@ -130,7 +132,7 @@ async def test_what_was_stored_reaches_a_session_that_has_had_later_ones_of_the_
     await router.send(juliet, negative)
     await router.send(romeo, message("stored", str(JULIET)))
     await router.send(romeo, message("later", str(juliet.jid)))
-    assert texts(router, juliet) == ["later"]
+    await until(lambda: texts(router, juliet) == ["later"])
     await router.send(juliet, presence())
     assert texts(router, juliet) == ["later", "stored"]
 
@@ -149,6 +151,22 @@ async def test_what_another_session_was_given_is_not_taken_for_had_because_of_a_
     await router.send(romeo, iq("get", "question", str(second.jid), "{x}y"))
     await router.send(second, presence())
     assert texts(router, second) == ["1"]
+
+
+@pytest.mark.parametrize("to", ["juliet@example.org", "juliet@example.org/first"], ids=["bare", "full"])
+async def test_what_only_an_earlier_session_was_given_is_new_to_a_later_one(router: MemoryRouter, to: str) -> None:
+    """The later one was given what its sender wrote later, before the earlier one ended: a message is had by those
+    that were there, and only the addressed session is there for a full JID. Found by the drills."""
+    romeo = await router.session("romeo")
+    first = await router.session("juliet", "first")
+    await router.send(romeo, message("1", to))
+    first.priority = -1
+    second = await router.session("juliet", "second")
+    await router.send(romeo, message("2", str(second.jid)))
+    assert (texts(router, first), texts(router, second)) == (["1"], ["2"])
+    await until(lambda: not router.stores.messages.waiting_bytes)
+    await router.end(first)
+    await until(lambda: texts(router, second) == ["2", "1"])
 
 
 async def test_what_was_given_before_it_is_stored_overtakes_nothing_that_is(router: MemoryRouter) -> None:

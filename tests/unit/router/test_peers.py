@@ -14,6 +14,7 @@ from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.router.v1.router_pb2 import AdoptSessionRequest, AdoptSessionResponse
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceServicer, add_RouterServiceServicer_to_server
 from tidings.cluster.node import Node
+from tidings.kit.tasks import Tasks
 
 NODE = Node("n", "n", "127.0.0.1", 1)
 
@@ -48,7 +49,7 @@ async def test_a_call_ends_by_an_error_when_it_takes_too_long_and_when_the_node_
     add_RouterServiceServicer_to_server(hanging := Hanging(), server)
     channels: Any = Channels(server.add_insecure_port("127.0.0.1:0"))
     await server.start()
-    routers = Peers(channels)
+    routers = Peers(channels, Tasks().spawn)
     monkeypatch.setattr(peers, "ADOPT_TIMEOUT", 0.3)
     with pytest.raises(Failed) as late:
         await routers.adopt(NODE, AdoptSessionRequest())

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tidings.api.common.v1 import stanza_pb2 as tidings_dot_api_dot_common_dot_v1_dot_stanza__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tidings/api/common/v1/session.proto\x12\x15tidings.api.common.v1\x1a\"tidings/api/common/v1/stanza.proto\"\xa5\x07\n\rSessionRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hange\x18\x03 \x01(\x04\x12\x0b\n\x03jid\x18\x04 \x01(\t\x12\x0c\n\x04lang\x18\x05 \x01(\t\x12\x0f\n\x07handled\x18\x06 \x01(\x04\x12\x0c\n\x04sent\x18\x07 \x01(\x04\x12\x37\n\x0eunacknowledged\x18\x08 \x03(\x0b\x32\x1f.tidings.api.common.v1.Envelope\x12\x34\n\x0bunconfirmed\x18\t \x03(\x0b\x32\x1f.tidings.api.common.v1.Envelope\x12>\n\x05taken\x18\n \x03(\x0b\x32/.tidings.api.common.v1.SessionRecord.TakenEntry\x12\x31\n\x08presence\x18\x0b \x01(\x0b\x32\x1f.tidings.api.common.v1.Envelope\x12\x19\n\x11\x64irected_presence\x18\x0c \x03(\t\x12\x32\n\x05\x66lags\x18\r \x01(\x0b\x32#.tidings.api.common.v1.SessionFlags\x12\x16\n\x0eresume_seconds\x18\x0e \x01(\r\x12\x13\n\x0bresume_left\x18\x19 \x01(\x01\x12\x1d\n\x15\x63onnector_incarnation\x18\x0f \x01(\t\x12\x19\n\x11\x63opy_incarnations\x18\x10 \x03(\t\x12\x0e\n\x06number\x18\x12 \x01(\x04\x12-\n\x05\x61sked\x18\x13 \x03(\x0b\x32\x1e.tidings.api.common.v1.AskedIq\x12\x0e\n\x06\x63ounts\x18\x15 \x01(\x08\x12\x1c\n\x14sent_before_counting\x18\x16 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x17 \x01(\x04\x12G\n\x14unconfirmed_messages\x18\x18 \x03(\x0b\x32).tidings.api.common.v1.UnconfirmedMessage\x12>\n\x05notes\x18\x14 \x03(\x0b\x32/.tidings.api.common.v1.SessionRecord.NotesEntry\x12/\n\x04\x62osh\x18\x11 \x01(\x0b\x32!.tidings.api.common.v1.BoshWindow\x1a,\n\nTakenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nNotesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"2\n\x12UnconfirmedMessage\x12\x10\n\x08\x64\x65livery\x18\x01 \x01(\x04\x12\n\n\x02id\x18\x02 \x01(\x0c\"3\n\x07\x41skedIq\x12\x0e\n\x06to_jid\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04left\x18\x03 \x01(\x01\"W\n\x0cSessionFlags\x12\x12\n\ninterested\x18\x01 \x01(\x08\x12\x0f\n\x07\x63\x61rbons\x18\x02 \x01(\x08\x12\x10\n\x08inactive\x18\x03 \x01(\x08\x12\x10\n\x08priority\x18\x04 \x01(\x11\"Q\n\nBoshWindow\x12\x0b\n\x03rid\x18\x01 \x01(\x04\x12\x36\n\tresponses\x18\x02 \x03(\x0b\x32#.tidings.api.common.v1.BoshResponse\"J\n\x0c\x42oshResponse\x12\x0b\n\x03rid\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_delivery\x18\x02 \x01(\x04\x12\x15\n\rlast_delivery\x18\x03 \x01(\x04\"w\n\x06Ticket\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x1d\n\x15\x63onnector_incarnation\x18\x04 \x01(\t\x12\r\n\x05moves\x18\x05 \x01(\r\x12\x0e\n\x06resume\x18\x06 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tidings/api/common/v1/session.proto\x12\x15tidings.api.common.v1\x1a\"tidings/api/common/v1/stanza.proto\"\xba\x08\n\rSessionRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hange\x18\x03 \x01(\x04\x12\x0b\n\x03jid\x18\x04 \x01(\t\x12\x0c\n\x04lang\x18\x05 \x01(\t\x12\x0f\n\x07handled\x18\x06 \x01(\x04\x12\x0c\n\x04sent\x18\x07 \x01(\x04\x12\x37\n\x0eunacknowledged\x18\x08 \x03(\x0b\x32\x1f.tidings.api.common.v1.Envelope\x12\x34\n\x0bunconfirmed\x18\t \x03(\x0b\x32\x1f.tidings.api.common.v1.Envelope\x12>\n\x05taken\x18\n \x03(\x0b\x32/.tidings.api.common.v1.SessionRecord.TakenEntry\x12\x31\n\x08presence\x18\x0b \x01(\x0b\x32\x1f.tidings.api.common.v1.Envelope\x12\x19\n\x11\x64irected_presence\x18\x0c \x03(\t\x12\x32\n\x05\x66lags\x18\r \x01(\x0b\x32#.tidings.api.common.v1.SessionFlags\x12\x16\n\x0eresume_seconds\x18\x0e \x01(\r\x12\x13\n\x0bresume_left\x18\x19 \x01(\x01\x12\x1d\n\x15\x63onnector_incarnation\x18\x0f \x01(\t\x12\x19\n\x11\x63opy_incarnations\x18\x10 \x03(\t\x12\x0e\n\x06number\x18\x12 \x01(\x04\x12-\n\x05\x61sked\x18\x13 \x03(\x0b\x32\x1e.tidings.api.common.v1.AskedIq\x12\x0e\n\x06\x63ounts\x18\x15 \x01(\x08\x12\x1c\n\x14sent_before_counting\x18\x16 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x17 \x01(\x04\x12G\n\x14unconfirmed_messages\x18\x18 \x03(\x0b\x32).tidings.api.common.v1.UnconfirmedMessage\x12>\n\x05notes\x18\x14 \x03(\x0b\x32/.tidings.api.common.v1.SessionRecord.NotesEntry\x12\x0e\n\x06passed\x18\x1a \x01(\x04\x12\x15\n\rcounted_after\x18\x1b \x01(\x04\x12>\n\x05since\x18\x1c \x03(\x0b\x32/.tidings.api.common.v1.SessionRecord.SinceEntry\x12/\n\x04\x62osh\x18\x11 \x01(\x0b\x32!.tidings.api.common.v1.BoshWindow\x1a,\n\nTakenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nNotesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a,\n\nSinceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"2\n\x12UnconfirmedMessage\x12\x10\n\x08\x64\x65livery\x18\x01 \x01(\x04\x12\n\n\x02id\x18\x02 \x01(\x0c\"3\n\x07\x41skedIq\x12\x0e\n\x06to_jid\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04left\x18\x03 \x01(\x01\"W\n\x0cSessionFlags\x12\x12\n\ninterested\x18\x01 \x01(\x08\x12\x0f\n\x07\x63\x61rbons\x18\x02 \x01(\x08\x12\x10\n\x08inactive\x18\x03 \x01(\x08\x12\x10\n\x08priority\x18\x04 \x01(\x11\"Q\n\nBoshWindow\x12\x0b\n\x03rid\x18\x01 \x01(\x04\x12\x36\n\tresponses\x18\x02 \x03(\x0b\x32#.tidings.api.common.v1.BoshResponse\"J\n\x0c\x42oshResponse\x12\x0b\n\x03rid\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_delivery\x18\x02 \x01(\x04\x12\x15\n\rlast_delivery\x18\x03 \x01(\x04\"w\n\x06Ticket\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x1d\n\x15\x63onnector_incarnation\x18\x04 \x01(\t\x12\r\n\x05moves\x18\x05 \x01(\r\x12\x0e\n\x06resume\x18\x06 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,22 +36,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONRECORD_TAKENENTRY']._serialized_options = b'8\001'
   _globals['_SESSIONRECORD_NOTESENTRY']._loaded_options = None
   _globals['_SESSIONRECORD_NOTESENTRY']._serialized_options = b'8\001'
+  _globals['_SESSIONRECORD_SINCEENTRY']._loaded_options = None
+  _globals['_SESSIONRECORD_SINCEENTRY']._serialized_options = b'8\001'
   _globals['_SESSIONRECORD']._serialized_start=99
-  _globals['_SESSIONRECORD']._serialized_end=1032
-  _globals['_SESSIONRECORD_TAKENENTRY']._serialized_start=942
-  _globals['_SESSIONRECORD_TAKENENTRY']._serialized_end=986
-  _globals['_SESSIONRECORD_NOTESENTRY']._serialized_start=988
-  _globals['_SESSIONRECORD_NOTESENTRY']._serialized_end=1032
-  _globals['_UNCONFIRMEDMESSAGE']._serialized_start=1034
-  _globals['_UNCONFIRMEDMESSAGE']._serialized_end=1084
-  _globals['_ASKEDIQ']._serialized_start=1086
-  _globals['_ASKEDIQ']._serialized_end=1137
-  _globals['_SESSIONFLAGS']._serialized_start=1139
-  _globals['_SESSIONFLAGS']._serialized_end=1226
-  _globals['_BOSHWINDOW']._serialized_start=1228
-  _globals['_BOSHWINDOW']._serialized_end=1309
-  _globals['_BOSHRESPONSE']._serialized_start=1311
-  _globals['_BOSHRESPONSE']._serialized_end=1385
-  _globals['_TICKET']._serialized_start=1387
-  _globals['_TICKET']._serialized_end=1506
+  _globals['_SESSIONRECORD']._serialized_end=1181
+  _globals['_SESSIONRECORD_TAKENENTRY']._serialized_start=1045
+  _globals['_SESSIONRECORD_TAKENENTRY']._serialized_end=1089
+  _globals['_SESSIONRECORD_NOTESENTRY']._serialized_start=1091
+  _globals['_SESSIONRECORD_NOTESENTRY']._serialized_end=1135
+  _globals['_SESSIONRECORD_SINCEENTRY']._serialized_start=1137
+  _globals['_SESSIONRECORD_SINCEENTRY']._serialized_end=1181
+  _globals['_UNCONFIRMEDMESSAGE']._serialized_start=1183
+  _globals['_UNCONFIRMEDMESSAGE']._serialized_end=1233
+  _globals['_ASKEDIQ']._serialized_start=1235
+  _globals['_ASKEDIQ']._serialized_end=1286
+  _globals['_SESSIONFLAGS']._serialized_start=1288
+  _globals['_SESSIONFLAGS']._serialized_end=1375
+  _globals['_BOSHWINDOW']._serialized_start=1377
+  _globals['_BOSHWINDOW']._serialized_end=1458
+  _globals['_BOSHRESPONSE']._serialized_start=1460
+  _globals['_BOSHRESPONSE']._serialized_end=1534
+  _globals['_TICKET']._serialized_start=1536
+  _globals['_TICKET']._serialized_end=1655
 # @@protoc_insertion_point(module_scope)

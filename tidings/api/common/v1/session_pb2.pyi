@@ -53,6 +53,22 @@ class SessionRecord(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SinceEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     CHANGE_FIELD_NUMBER: builtins.int
@@ -77,6 +93,9 @@ class SessionRecord(google.protobuf.message.Message):
     ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     UNCONFIRMED_MESSAGES_FIELD_NUMBER: builtins.int
     NOTES_FIELD_NUMBER: builtins.int
+    PASSED_FIELD_NUMBER: builtins.int
+    COUNTED_AFTER_FIELD_NUMBER: builtins.int
+    SINCE_FIELD_NUMBER: builtins.int
     BOSH_FIELD_NUMBER: builtins.int
     id: builtins.str
     """128 random bits, URL-safe base64: unguessable, for it is also what resumption asks for."""
@@ -104,6 +123,11 @@ class SessionRecord(google.protobuf.message.Message):
     """XEP-0198: whether the client counts, the last of `sent` before it did, and the last that it has acknowledged."""
     sent_before_counting: builtins.int
     acknowledged: builtins.int
+    passed: builtins.int
+    """Stanzas that the client has sent, counted from bind: all up to this one are dealt with, and safe. And how many of
+    them it does not count (XEP-0198): those before <enable/>.
+    """
+    counted_after: builtins.int
     @property
     def unacknowledged(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]:
         """What the client has not acknowledged, of every kind, by rising `delivery`."""
@@ -141,6 +165,10 @@ class SessionRecord(google.protobuf.message.Message):
         """What the router's modules keep with it, by keys of their own."""
 
     @property
+    def since(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """The first number taken from each sending session: what that one has sent before was not given to this session."""
+
+    @property
     def bosh(self) -> global___BoshWindow:
         """XEP-0124: what a BOSH session must remember to answer a repeated request alike from any connector."""
 
@@ -171,10 +199,13 @@ class SessionRecord(google.protobuf.message.Message):
         acknowledged: builtins.int = ...,
         unconfirmed_messages: collections.abc.Iterable[global___UnconfirmedMessage] | None = ...,
         notes: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+        passed: builtins.int = ...,
+        counted_after: builtins.int = ...,
+        since: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         bosh: global___BoshWindow | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["bosh", b"bosh", "flags", b"flags", "presence", b"presence"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acknowledged", b"acknowledged", "asked", b"asked", "bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "counts", b"counts", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "notes", b"notes", "number", b"number", "presence", b"presence", "resume_left", b"resume_left", "resume_seconds", b"resume_seconds", "sent", b"sent", "sent_before_counting", b"sent_before_counting", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed", "unconfirmed_messages", b"unconfirmed_messages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acknowledged", b"acknowledged", "asked", b"asked", "bosh", b"bosh", "change", b"change", "connector_incarnation", b"connector_incarnation", "copy_incarnations", b"copy_incarnations", "counted_after", b"counted_after", "counts", b"counts", "directed_presence", b"directed_presence", "epoch", b"epoch", "flags", b"flags", "handled", b"handled", "id", b"id", "jid", b"jid", "lang", b"lang", "notes", b"notes", "number", b"number", "passed", b"passed", "presence", b"presence", "resume_left", b"resume_left", "resume_seconds", b"resume_seconds", "sent", b"sent", "sent_before_counting", b"sent_before_counting", "since", b"since", "taken", b"taken", "unacknowledged", b"unacknowledged", "unconfirmed", b"unconfirmed", "unconfirmed_messages", b"unconfirmed_messages"]) -> None: ...
 
 global___SessionRecord = SessionRecord
 

@@ -137,6 +137,7 @@ class Envelope(google.protobuf.message.Message):
     FORWARDING_FIELD_NUMBER: builtins.int
     REFUSALS_SEEN_FIELD_NUMBER: builtins.int
     PROMPT_FIELD_NUMBER: builtins.int
+    ANSWERED_FIELD_NUMBER: builtins.int
     origin: builtins.str
     """Who sent it: the session id, or the instance id of a component. Unset: a service itself."""
     origin_epoch: builtins.int
@@ -185,6 +186,10 @@ class Envelope(google.protobuf.message.Message):
     """
     prompt: builtins.bool
     """Between routers: the sender waits for the answer; without it an answer that says only "taken" is not sent."""
+    answered: builtins.bool
+    """From a connector that brings a session to another router: an IQ request that has its answer. It keeps its place
+    among what the client has sent, and is not dealt with again.
+    """
     @property
     def children(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The names of the top-level children: the plain local name in jabber:client, `{namespace}name` else."""
@@ -218,8 +223,9 @@ class Envelope(google.protobuf.message.Message):
         forwarding: global___Forwarding.ValueType = ...,
         refusals_seen: builtins.int = ...,
         prompt: builtins.bool = ...,
+        answered: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "forwarding", b"forwarding", "from_jid", b"from_jid", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "prompt", b"prompt", "received_unix_ms", b"received_unix_ms", "refusals_seen", b"refusals_seen", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to_jid", b"to_jid", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "forwarding", b"forwarding", "from_jid", b"from_jid", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "prompt", b"prompt", "received_unix_ms", b"received_unix_ms", "refusals_seen", b"refusals_seen", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to_jid", b"to_jid", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
 
 global___Envelope = Envelope
 

@@ -97,6 +97,7 @@ class AttachHello(google.protobuf.message.Message):
     RESUME_AFTER_FIELD_NUMBER: builtins.int
     VIEW_VERSION_FIELD_NUMBER: builtins.int
     LOCATION_FIELD_NUMBER: builtins.int
+    FRESH_FIELD_NUMBER: builtins.int
     connector_incarnation: builtins.str
     """The connector's start; must be the caller's own."""
     resume_after: builtins.int
@@ -105,6 +106,8 @@ class AttachHello(google.protobuf.message.Message):
     """The view by which it chose this router."""
     location: builtins.str
     """Where its clients should come back to (XEP-0198 3, `location`); empty when any connector is as good."""
+    fresh: builtins.bool
+    """The link begins: the router forgets what it has of an earlier one."""
     def __init__(
         self,
         *,
@@ -112,8 +115,9 @@ class AttachHello(google.protobuf.message.Message):
         resume_after: builtins.int = ...,
         view_version: builtins.int = ...,
         location: builtins.str = ...,
+        fresh: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["connector_incarnation", b"connector_incarnation", "location", b"location", "resume_after", b"resume_after", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["connector_incarnation", b"connector_incarnation", "fresh", b"fresh", "location", b"location", "resume_after", b"resume_after", "view_version", b"view_version"]) -> None: ...
 
 global___AttachHello = AttachHello
 
@@ -130,19 +134,29 @@ class AttachResponse(google.protobuf.message.Message):
     WELCOME_FIELD_NUMBER: builtins.int
     ENVELOPES_FIELD_NUMBER: builtins.int
     COMMANDS_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    PROMPT_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     received_through: builtins.int
     safe_through: builtins.int
     credit: builtins.int
+    prompt: builtins.bool
+    """Something waits until the connector has this batch: it says so at once."""
     @property
     def welcome(self) -> global___AttachWelcome: ...
     @property
     def envelopes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidings.api.common.v1.stanza_pb2.Envelope]:
-        """For sessions; `target` is the session. Written to its stream in this order."""
+        """For sessions; `target` is the session. Written to its stream in this order. Without `delivery`, of a session that
+        has no stream there: what its client has sent, for the copy.
+        """
 
     @property
     def commands(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StreamCommand]:
         """What to do with streams. Each says how many of the envelopes go before it."""
+
+    @property
+    def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SessionProgress]:
+        """How far the copies of sessions may be shortened; goes before the envelopes."""
 
     def __init__(
         self,
@@ -154,11 +168,48 @@ class AttachResponse(google.protobuf.message.Message):
         welcome: global___AttachWelcome | None = ...,
         envelopes: collections.abc.Iterable[tidings.api.common.v1.stanza_pb2.Envelope] | None = ...,
         commands: collections.abc.Iterable[global___StreamCommand] | None = ...,
+        progress: collections.abc.Iterable[global___SessionProgress] | None = ...,
+        prompt: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["commands", b"commands", "credit", b"credit", "envelopes", b"envelopes", "received_through", b"received_through", "safe_through", b"safe_through", "sequence", b"sequence", "welcome", b"welcome"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["commands", b"commands", "credit", b"credit", "envelopes", b"envelopes", "progress", b"progress", "prompt", b"prompt", "received_through", b"received_through", "safe_through", b"safe_through", "sequence", b"sequence", "welcome", b"welcome"]) -> None: ...
 
 global___AttachResponse = AttachResponse
+
+@typing.final
+class SessionProgress(google.protobuf.message.Message):
+    """What a connector that holds a copy of a session need not keep any more: all of it is dealt with, and safe."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    PASSED_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    AGAIN_FROM_FIELD_NUMBER: builtins.int
+    CONFIRMED_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    passed: builtins.int
+    """Of the stanzas that the client has sent, counted from bind: all up to this one."""
+    number: builtins.int
+    """The last number that was given to any of them."""
+    again_from: builtins.int
+    """The lowest number among those that the client may repeat since it has resumed (SessionRecord.unconfirmed);
+    0: none.
+    """
+    confirmed: builtins.int
+    """Of the stanzas that it was sent: the last `delivery` that it has confirmed."""
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        passed: builtins.int = ...,
+        number: builtins.int = ...,
+        again_from: builtins.int = ...,
+        confirmed: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["again_from", b"again_from", "confirmed", b"confirmed", "number", b"number", "passed", b"passed", "session", b"session"]) -> None: ...
+
+global___SessionProgress = SessionProgress
 
 @typing.final
 class AttachWelcome(google.protobuf.message.Message):
@@ -201,6 +252,7 @@ class StreamEvent(google.protobuf.message.Message):
     MOVE_READY_FIELD_NUMBER: builtins.int
     ATTACH_FIELD_NUMBER: builtins.int
     LEAVING_FIELD_NUMBER: builtins.int
+    SURRENDERED_FIELD_NUMBER: builtins.int
     stream: builtins.int
     """The number of the stream at its connector, never used twice in an incarnation."""
     position: builtins.int
@@ -235,6 +287,10 @@ class StreamEvent(google.protobuf.message.Message):
         it. What comes for the account from then on is stored, or goes to its other sessions.
         """
 
+    @property
+    def surrendered(self) -> global___SessionSurrendered:
+        """With stream 0: another router has taken a session over, because this one did not answer."""
+
     def __init__(
         self,
         *,
@@ -249,12 +305,28 @@ class StreamEvent(google.protobuf.message.Message):
         move_ready: global___MoveReady | None = ...,
         attach: global___SessionAttach | None = ...,
         leaving: global___StreamLeaving | None = ...,
+        surrendered: global___SessionSurrendered | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "leaving", b"leaving", "move_ready", b"move_ready", "opened", b"opened", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "leaving", b"leaving", "move_ready", b"move_ready", "opened", b"opened", "position", b"position", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza", "stream", b"stream"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["opened", "sasl_initiate", "sasl_response", "sasl_abort", "stanza", "closed", "move_ready", "attach", "leaving"] | None: ...
+    def HasField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "leaving", b"leaving", "move_ready", b"move_ready", "opened", b"opened", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza", "surrendered", b"surrendered"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attach", b"attach", "closed", b"closed", "event", b"event", "leaving", b"leaving", "move_ready", b"move_ready", "opened", b"opened", "position", b"position", "sasl_abort", b"sasl_abort", "sasl_initiate", b"sasl_initiate", "sasl_response", b"sasl_response", "stanza", b"stanza", "stream", b"stream", "surrendered", b"surrendered"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["opened", "sasl_initiate", "sasl_response", "sasl_abort", "stanza", "closed", "move_ready", "attach", "leaving", "surrendered"] | None: ...
 
 global___StreamEvent = StreamEvent
+
+@typing.final
+class SessionSurrendered(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
+
+global___SessionSurrendered = SessionSurrendered
 
 @typing.final
 class StreamLeaving(google.protobuf.message.Message):
@@ -288,17 +360,44 @@ class SessionAttach(google.protobuf.message.Message):
 
     TICKET_FIELD_NUMBER: builtins.int
     LEFT_FIELD_NUMBER: builtins.int
+    RECORD_FIELD_NUMBER: builtins.int
+    ROUTER_INCARNATION_FIELD_NUMBER: builtins.int
+    MOVES_FIELD_NUMBER: builtins.int
+    ASKED_INCARNATIONS_FIELD_NUMBER: builtins.int
+    FOLLOWS_FIELD_NUMBER: builtins.int
     ticket: builtins.bytes
     """As SessionBound and Moved had it."""
     left: builtins.bool
     """The client has left since. What it has sent before follows, then `closed`; nothing more can be written to it."""
+    router_incarnation: builtins.str
+    """The router that had it."""
+    moves: builtins.int
+    """How often it was sent on to another router; stops a circle."""
+    follows: builtins.int
+    """So many envelopes of the session follow: what the client has sent and its router may not have dealt with."""
+    @property
+    def record(self) -> tidings.api.common.v1.session_pb2.SessionRecord:
+        """The connector's copy of a session whose router is gone. The receiver takes it over, and says so (`attached`). The
+        event's `stream` is 0 when the session waits for its client.
+        """
+
+    @property
+    def asked_incarnations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Routers that were asked to take it over since, and that are gone: one of them may have."""
+
     def __init__(
         self,
         *,
         ticket: builtins.bytes = ...,
         left: builtins.bool = ...,
+        record: tidings.api.common.v1.session_pb2.SessionRecord | None = ...,
+        router_incarnation: builtins.str = ...,
+        moves: builtins.int = ...,
+        asked_incarnations: collections.abc.Iterable[builtins.str] | None = ...,
+        follows: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["left", b"left", "ticket", b"ticket"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked_incarnations", b"asked_incarnations", "follows", b"follows", "left", b"left", "moves", b"moves", "record", b"record", "router_incarnation", b"router_incarnation", "ticket", b"ticket"]) -> None: ...
 
 global___SessionAttach = SessionAttach
 
@@ -461,11 +560,18 @@ class StreamCommand(google.protobuf.message.Message):
     SET_READING_FIELD_NUMBER: builtins.int
     PREPARE_MOVE_FIELD_NUMBER: builtins.int
     MOVED_FIELD_NUMBER: builtins.int
+    ATTACHED_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    FORGET_FIELD_NUMBER: builtins.int
+    SURRENDER_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     stream: builtins.int
     position: builtins.int
     """How many envelopes of this batch go before it."""
     element: builtins.bytes
     """An element for a stream without a bound session."""
+    session: builtins.str
+    """With stream 0: which session's copy is meant."""
     @property
     def features(self) -> global___Features: ...
     @property
@@ -484,6 +590,22 @@ class StreamCommand(google.protobuf.message.Message):
     def prepare_move(self) -> global___PrepareMove: ...
     @property
     def moved(self) -> global___Moved: ...
+    @property
+    def attached(self) -> global___SessionAttached:
+        """The answer to `attach`."""
+
+    @property
+    def state(self) -> tidings.api.common.v1.session_pb2.SessionRecord:
+        """The session's copy: all but its queues and `taken`, which follow from what is delivered and from SessionProgress."""
+
+    @property
+    def forget(self) -> global___ForgetSession:
+        """The copy of a session is not needed any more."""
+
+    @property
+    def surrender(self) -> global___SurrenderSession:
+        """The connector gives the session, of which it holds a copy, to this router: its own does not answer."""
+
     def __init__(
         self,
         *,
@@ -499,12 +621,62 @@ class StreamCommand(google.protobuf.message.Message):
         set_reading: global___SetReading | None = ...,
         prepare_move: global___PrepareMove | None = ...,
         moved: global___Moved | None = ...,
+        attached: global___SessionAttached | None = ...,
+        state: tidings.api.common.v1.session_pb2.SessionRecord | None = ...,
+        forget: global___ForgetSession | None = ...,
+        surrender: global___SurrenderSession | None = ...,
+        session: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "moved", b"moved", "prepare_move", b"prepare_move", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["close", b"close", "command", b"command", "element", b"element", "features", b"features", "moved", b"moved", "position", b"position", "prepare_move", b"prepare_move", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading", "stream", b"stream"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["features", "sasl_challenge", "sasl_success", "sasl_failure", "element", "session_bound", "close", "set_reading", "prepare_move", "moved"] | None: ...
+    def HasField(self, field_name: typing.Literal["attached", b"attached", "close", b"close", "command", b"command", "element", b"element", "features", b"features", "forget", b"forget", "moved", b"moved", "prepare_move", b"prepare_move", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session_bound", b"session_bound", "set_reading", b"set_reading", "state", b"state", "surrender", b"surrender"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attached", b"attached", "close", b"close", "command", b"command", "element", b"element", "features", b"features", "forget", b"forget", "moved", b"moved", "position", b"position", "prepare_move", b"prepare_move", "sasl_challenge", b"sasl_challenge", "sasl_failure", b"sasl_failure", "sasl_success", b"sasl_success", "session", b"session", "session_bound", b"session_bound", "set_reading", b"set_reading", "state", b"state", "stream", b"stream", "surrender", b"surrender"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["features", "sasl_challenge", "sasl_success", "sasl_failure", "element", "session_bound", "close", "set_reading", "prepare_move", "moved", "attached", "state", "forget", "surrender"] | None: ...
 
 global___StreamCommand = StreamCommand
+
+@typing.final
+class ForgetSession(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ForgetSession = ForgetSession
+
+@typing.final
+class SurrenderSession(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___SurrenderSession = SurrenderSession
+
+@typing.final
+class SessionAttached(google.protobuf.message.Message):
+    """The router serves the session now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: builtins.int
+    RECORD_FIELD_NUMBER: builtins.int
+    ticket: builtins.bytes
+    """For the next time."""
+    @property
+    def record(self) -> tidings.api.common.v1.session_pb2.SessionRecord:
+        """A copy to begin with; unset when the connector has brought one."""
+
+    def __init__(
+        self,
+        *,
+        ticket: builtins.bytes = ...,
+        record: tidings.api.common.v1.session_pb2.SessionRecord | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["record", b"record", "ticket", b"ticket"]) -> None: ...
+
+global___SessionAttached = SessionAttached
 
 @typing.final
 class PrepareMove(google.protobuf.message.Message):
@@ -635,6 +807,7 @@ class SessionBound(google.protobuf.message.Message):
     JID_FIELD_NUMBER: builtins.int
     REPLY_FIELD_NUMBER: builtins.int
     TICKET_FIELD_NUMBER: builtins.int
+    RECORD_FIELD_NUMBER: builtins.int
     session: builtins.str
     epoch: builtins.int
     jid: builtins.str
@@ -643,6 +816,10 @@ class SessionBound(google.protobuf.message.Message):
     """What is written to the client for it (the result of its bind request)."""
     ticket: builtins.bytes
     """A sealed Ticket; empty when the session can't be re-attached."""
+    @property
+    def record(self) -> tidings.api.common.v1.session_pb2.SessionRecord:
+        """The copy that the connector holds from here on; unset when it is none: it is in the same process."""
+
     def __init__(
         self,
         *,
@@ -651,8 +828,10 @@ class SessionBound(google.protobuf.message.Message):
         jid: builtins.str = ...,
         reply: builtins.bytes = ...,
         ticket: builtins.bytes = ...,
+        record: tidings.api.common.v1.session_pb2.SessionRecord | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "jid", b"jid", "reply", b"reply", "session", b"session", "ticket", b"ticket"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "jid", b"jid", "record", b"record", "reply", b"reply", "session", b"session", "ticket", b"ticket"]) -> None: ...
 
 global___SessionBound = SessionBound
 

@@ -1,0 +1,129 @@
+"""Copies of sessions that have no stream at this connector: a session waits for its client, or it has its stream at
+another connector and this one was chosen to hold its copy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.connector.session_copy import Sent, SessionCopy
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import SessionProgress, StreamCommand
+from tidings.kit.link import Overflow
+from tidings.kit.logging import get_logger
+from tidings.kit.module import NONZA
+
+if TYPE_CHECKING:
+    from services.connector.router_link import RouterLink
+    from services.connector.streams import Streams
+
+log = get_logger("connector")
+
+
+class Copies:
+    """All of them, by session."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._copies: dict[str, SessionCopy] = {}
+        # Those that were brought to another router, and what has been heard of: how often it was sent on.
+        self._brought: dict[str, tuple[RouterLink, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    def keep(self, session: str, copy: SessionCopy) -> None:
+        self._copies[session] = copy
+
+    def forget(self, session: str) -> None:
+        self._copies.pop(session, None)
+        self._brought.pop(session, None)
+
+    # --- from the router that has the session ---
+
+    def delivered(self, link: RouterLink, envelope: Envelope) -> None:
+        copy = self._of(link, envelope.target)
+        if copy is None:
+            return
+        if not envelope.delivery:
+            copy.sent(
+                Sent(
+                    envelope.kind, envelope.type, envelope.id, envelope.to_jid, tuple(envelope.children),
+                    envelope.stanza,
+                )
+            )  # fmt: skip
+        elif envelope.kind != NONZA:
+            copy.delivered(envelope, envelope.stanza)
+
+    def progress(self, link: RouterLink, progress: SessionProgress) -> None:
+        copy = self._of(link, progress.session)
+        if copy is not None:
+            copy.progress(progress)
+
+    def _of(self, link: RouterLink, session: str) -> SessionCopy | None:
+        copy = self._copies.get(session)
+        return copy if copy is not None and copy.router == link.node.incarnation else None
+
+    def command(self, link: RouterLink, command: StreamCommand) -> None:
+        """Does what a router says of a session without a stream."""
+        session, which = command.session, command.WhichOneof("command")
+        if which == "surrender":
+            self._surrender(link, session)
+            return
+        copy = self._copies.get(session)
+        if which == "attached" and command.attached.HasField("record"):
+            copy = self._copies[session] = SessionCopy(link.node.incarnation)
+            copy.begin(command.attached.record, command.attached.ticket)
+        elif copy is None:
+            return
+        elif which == "attached":
+            copy.attached(command.attached.ticket, link.node.incarnation)
+            self._brought.pop(session, None)
+        elif which == "state":
+            if copy.router == link.node.incarnation:
+                copy.state(command.state)
+        elif which == "moved":
+            moves = self._brought.get(session, (link, 0))[1] + 1
+            router = command.moved.router_incarnation
+            self._streams.spawn(self._bring(session, copy, "", router, moves), "a copy is brought to another router")
+        elif which == "forget" and copy.router == link.node.incarnation:
+            self.forget(session)
+        elif which == "close" and self._brought.get(session, (None, 0))[0] is link:
+            # Another holder was earlier, or the session has ended.
+            self.forget(session)
+
+    # --- the router that has it is gone, or does not answer ---
+
+    def router_gone(self, link: RouterLink) -> None:
+        gone = link.node.incarnation
+        for session, copy in list(self._copies.items()):
+            if copy.router == gone or self._brought.get(session, (None, 0))[0] is link:
+                self._streams.spawn(self._bring(session, copy, gone, "", 0), "a copy is brought to another router")
+
+    def _surrender(self, link: RouterLink, session: str) -> None:
+        copy, stream = self._copies.get(session), self._streams.by_session.get(session)
+        if copy is not None and copy.router != link.node.incarnation:
+            if (silent := self._streams.link_now(copy.router)) is not None:
+                # When it wakes it must not go on with the session.
+                silent.event(0).surrendered.session = session
+            self._attach(link, session, copy, 0)
+        elif stream is not None and stream.link is not link:
+            stream.surrender(link)
+
+    async def _bring(self, session: str, copy: SessionCopy, gone: str, to: str, moves: int) -> None:
+        """Another router carries the session on from the copy, and lets it wait for its client."""
+        link = await (self._streams.link_to(to) if to else self._streams.other_link(gone))
+        if self._copies.get(session) is not copy:
+            return
+        if link is None:
+            log.warning("session_not_reattached", session=session, reason="no other router is in reach")
+            self.forget(session)
+        else:
+            self._attach(link, session, copy, moves)
+
+    def _attach(self, link: RouterLink, session: str, copy: SessionCopy, moves: int) -> None:
+        self._brought[session] = link, moves
+        try:
+            copy.bring(link, 0, moves)
+        except Overflow:
+            log.warning("session_not_reattached", session=session, reason="the router does not take what it is sent")
+            self.forget(session)

@@ -1,0 +1,176 @@
+"""Messages that wait in the store are read back for sessions: for one that comes, and for one that does not read as
+fast as others write (it is *behind*, see deliveries.py). Nobody gets more than its client may leave unconfirmed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from services.router.deliveries import Deliveries, wants_stored
+from services.router.messages import Kept, MessageStore, written
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.db import DatabaseAway
+from tidings.kit.module import MESSAGE
+from tidings.xmpp.delays import delay
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.stanza import append
+
+if TYPE_CHECKING:
+    from services.router.sessions import Session
+    from tidings.kit.module import RouterPort
+
+# Messages given at once: more would hold up everybody else.
+PAGE = 100
+# Seconds between two tries to give a session what could not be given.
+RETRY = 1.0
+# Seconds in which a client for which messages wait must confirm something; then its stream is closed. Stops clients
+# that never read from holding what they were sent.
+CONFIRM_TIMEOUT = 60.0
+
+
+class ReadBack:
+    """Gives the sessions of one router what is stored for them."""
+
+    def __init__(
+        self,
+        router: RouterPort,
+        messages: MessageStore,
+        deliveries: Deliveries,
+        offer: Callable[[Jid], Awaitable[None]],
+    ) -> None:
+        """`offer`: tells whoever is there of an account that messages wait."""
+        self._router = router
+        self._messages = messages
+        self._deliveries = deliveries
+        self._offer = offer
+        deliveries.on_behind = self.owe
+        deliveries.on_confirmed = self.confirmed
+        # Sessions that get something later, each with what is set when its client confirms something.
+        self._owed: dict[str, asyncio.Event] = {}
+        # Those that are behind, and for which something may have become free that was passed over.
+        self._again: set[str] = set()
+
+    # --- at once ---
+
+    async def flush(self, session: Session) -> bool:
+        """Whether the session has got all that waits, or will get it, as one that is behind. What it is given is its
+        own until it ends; when it has had it before, it does not get it again."""
+        after = 0
+        try:
+            while self._deliveries.is_open(session):
+                if session.behind is not None:
+                    self._again.add(session.id)
+                    return True
+                if not self._deliveries.room(session):
+                    self._deliveries.fall_behind(session)
+                    continue
+                found, after = await self._page(session, after)
+                if not found and self._deliveries.is_open(session):
+                    return True
+        except DatabaseAway:
+            pass
+        return False
+
+    async def _page(self, session: Session, after: int) -> tuple[bool, int]:
+        """Gives a session the next messages behind a position: whether any were found, and the position of the last
+        one that it was given."""
+        account = session.jid.bare
+        kept = await self._messages.pending(account, session.id, min(PAGE, self._deliveries.room(session)), after)
+        if not kept or not self._deliveries.is_open(session):
+            return False, after
+        page = [(_delayed(message, account), message.id, message.given) for message in kept]
+        given = self._deliveries.give_stored(session, page)
+        return True, kept[given - 1].position if given else after
+
+    # --- later ---
+
+    def owe(self, session: Session) -> None:
+        """Tries as long as the session is here and wants what waits."""
+        if session.id not in self._owed:
+            self._owed[session.id] = asyncio.Event()
+            self._router.in_background(self._give_later(session), "stored messages")
+
+    def confirmed(self, session: Session) -> None:
+        """Its client has confirmed something, or has come back."""
+        if session.id in self._owed:
+            self._owed[session.id].set()
+
+    async def _give_later(self, session: Session) -> None:
+        try:
+            # Who stores a message from here on knows that the session is here.
+            await self._router.known()
+            while self._router.sessions(session.account).get(session.jid.resource) is session:
+                if session.behind is not None:
+                    done = await self._catch_up(session)
+                elif wants_stored(session):
+                    done = self._deliveries.is_open(session) and await self._give_rest(session)
+                else:
+                    break
+                if done and session.behind is None:
+                    return
+                if not done:
+                    await asyncio.sleep(RETRY)
+        finally:
+            self._owed.pop(session.id, None)
+            self._again.discard(session.id)
+        await self._offer(session.jid.bare)
+
+    async def _give_rest(self, session: Session) -> bool:
+        """Whether nothing waits any more. Nothing newer is held back before it is known that something does."""
+        try:
+            if not await self._messages.pending_count(session.jid.bare):
+                return True
+        except DatabaseAway:
+            return False
+        self._deliveries.hold(session)
+        try:
+            return await self.flush(session)
+        finally:
+            self._deliveries.release(session)
+
+    async def _catch_up(self, session: Session) -> bool:
+        """Whether a session that was behind is so no longer: nothing that was left to the store for it is still on
+        its way there, and nothing is found there."""
+        after, committed = 0, -1
+        try:
+            while self._deliveries.is_open(session):
+                if not self._deliveries.room(session):
+                    await self._confirmation(session)
+                    continue
+                left = session.left
+                found, after = await self._page(session, after)
+                if found or not self._deliveries.is_open(session):
+                    continue
+                if session.id in self._again:
+                    self._again.discard(session.id)
+                    after = 0
+                elif left == committed:
+                    self._deliveries.caught_up(session)
+                    return True
+                else:
+                    left = session.left
+                    if await written(self._messages, RETRY):
+                        committed = left
+        except DatabaseAway:
+            pass
+        return False
+
+    async def _confirmation(self, session: Session) -> None:
+        """Waits until the client confirms something. One that does not for long is cut off."""
+        confirmed = self._owed[session.id]
+        confirmed.clear()
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT):
+                await confirmed.wait()
+        except TimeoutError:
+            if self._deliveries.is_open(session):
+                self._deliveries.cut_off(session)
+
+
+def _delayed(kept: Kept, account: Jid) -> Envelope:
+    """XEP-0203 4: stamped by the account's server."""
+    raw = append(kept.stanza, delay(kept.received_unix_ms, account.domain))
+    return Envelope(
+        kind=MESSAGE, origin=kept.origin, number=kept.number, from_jid=kept.from_jid, children=["body"], stanza=raw
+    )

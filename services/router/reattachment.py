@@ -1,0 +1,246 @@
+"""Sessions whose router is gone, or does not answer: this router takes them over from a connector's copy (DESIGN 9).
+
+The row in the table of sessions decides, as with every move: it becomes this router's, under the next epoch, or the
+session is not taken. The client sees a pause; nobody sees presence. What the dead router had stored for the session
+and not delivered is given first; what the client had sent and that router may not have dealt with follows from the
+connector, with the numbers that it had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from services.router.adoption import tell
+from services.router.deliveries import is_tracked
+from services.router.hand_over import MAX_MOVES
+from services.router.session_record import session_of
+from services.router.sessions import Session, Sessions
+from services.router.store import SessionRow, SessionTable
+from tidings.kit.db import DatabaseAway
+from tidings.kit.logging import get_logger
+from tidings.kit.module import KINDS, MESSAGE, Hooks
+from tidings.xmpp.errors import StreamError
+from tidings.xmpp.jid import Jid, JidError
+from tidings.xmpp.parser import parse_stanza
+
+if TYPE_CHECKING:
+    from services.router.acknowledgements import Acknowledgements
+    from services.router.adoption import Adoption
+    from services.router.binding import Binding
+    from services.router.connector_link import ConnectorLink
+    from services.router.hand_over import HandOver
+    from services.router.routing import Routing
+    from services.router.safety import Safety
+    from services.router.tickets import Tickets
+    from tidings.api.common.v1.session_pb2 import SessionRecord, Ticket
+    from tidings.api.common.v1.stanza_pb2 import Envelope
+    from tidings.api.router.v1.router_pb2 import SessionAttach
+
+log = get_logger("cluster")
+
+# Seconds between two tries while the database is away; then the client waits too.
+RETRY = 0.5
+# Sessions that are taken over at one time.
+AT_ONCE = 32
+
+
+class Reattachment:
+    """Takes sessions over. One for each router."""
+
+    def __init__(
+        self,
+        own: str,
+        sessions: Sessions,
+        table: SessionTable,
+        binding: Binding,
+        routing: Routing,
+        safety: Safety,
+        acknowledgements: Acknowledgements,
+        tickets: Tickets,
+        hand_over: HandOver,
+        adoption: Adoption,
+        hooks: Hooks,
+        spawn: Callable[[Any, str], Any],
+    ) -> None:
+        self._own = own
+        self._sessions = sessions
+        self._table = table
+        self._binding = binding
+        self._routing = routing
+        self._safety = safety
+        self._acknowledgements = acknowledgements
+        self._tickets = tickets
+        self._hand_over = hand_over
+        self._adoption = adoption
+        self._hooks = hooks
+        self._spawn = spawn
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        # Sessions that this router has asked for: here their clients resume.
+        self.wanted: set[str] = set()
+        # Ends a session; lets one wait for its client.
+        self.dismiss: Callable[[Session], Awaitable[None]] = _nothing
+        self.wait: Callable[[Session, float], None] = lambda _session, _seconds: None
+        # Totals, for metrics.
+        self.taken = 0
+        self.refused = 0
+
+    async def take(
+        self, link: ConnectorLink, stream: int, attach: SessionAttach, sent: Sequence[Envelope] = ()
+    ) -> None:
+        """Answers a connector that brings a copy; `stream` is 0 when the session waits for its client. `sent`: what
+        that one has sent, and the router that is gone may not have dealt with."""
+        record = attach.record
+        ticket = self._tickets.open(attach.ticket, link.incarnation)
+        try:
+            jid = Jid.parse(record.jid)
+        except JidError:
+            jid = None
+        if ticket is None or jid is None or not _is_for(ticket, record, jid):
+            self._refuse(link, stream, record, "not its own")
+            return
+        wanted = record.id in self.wanted
+        self.wanted.discard(record.id)
+        node = self._hand_over.target(ticket.account) if attach.moves < MAX_MOVES and not wanted else None
+        if node is not None and not self._was_asked(node.incarnation, attach):
+            # Its account's other sessions will be there.
+            command = link.command(stream)
+            command.session = record.id
+            command.moved.router_incarnation, command.moved.ticket = node.incarnation, attach.ticket
+            return
+        async with self._slots:
+            session = await self._taken(link, stream, attach, jid)
+        if session is None:
+            self._refuse(link, stream, record, "its row is another router's, or gone")
+            return
+        for envelope in sent:
+            link.again(session, envelope)
+        self._acknowledgements.begin_again(session)
+
+    @staticmethod
+    def _was_asked(router: str, attach: SessionAttach) -> bool:
+        """Whether the router is the one that has lost the session, or may have since: views differ for a moment."""
+        return router == attach.router_incarnation or router in attach.asked_incarnations
+
+    def _refuse(self, link: ConnectorLink, stream: int, record: SessionRecord, why: str) -> None:
+        self.refused += 1
+        log.info("session_not_taken", connector=link.name, session=record.id, reason=why)
+        command = link.command(stream)
+        command.session = record.id
+        command.close.condition = "system-shutdown"
+        command.close.text = "the session is no longer there; please connect again"
+
+    async def _taken(self, link: ConnectorLink, stream: int, attach: SessionAttach, jid: Jid) -> Session | None:
+        record = attach.record
+        row = await self._row(jid, attach)
+        if row is None or self._adoption.draining or link.over:
+            return None
+        record.epoch = row.epoch
+        session = session_of(record, stream, self._spawn)
+        session.connector = link.incarnation
+        while True:
+            try:
+                if not await self._binding.adopt(jid, session.id, row.epoch, row.router):
+                    return None
+                break
+            except DatabaseAway:
+                await asyncio.sleep(RETRY)
+        for gone in (self._sessions.get(session.id), self._sessions.of(session.account).get(jid.resource)):
+            if gone is not None:
+                # Its row was taken from it without our noticing.
+                await self.dismiss(gone)
+        self._begin(link, stream, session, record)
+        return session
+
+    async def _row(self, jid: Jid, attach: SessionAttach) -> SessionRow | None:
+        """The session's row, if it is as the connector knows it: still its router's, or one's that it has asked
+        since. A copy that has grown old finds another one."""
+        record = attach.record
+        while True:
+            try:
+                rows = await self._table.of_account(jid.bare)
+                break
+            except DatabaseAway:
+                await asyncio.sleep(RETRY)
+        for row in rows:
+            if row.session == record.id and row.jid == jid:
+                as_known = (row.router, row.epoch) == (attach.router_incarnation, record.epoch)
+                taken = row.router in attach.asked_incarnations and row.epoch == record.epoch + 1
+                return row if as_known or taken else None
+        return None
+
+    def _begin(self, link: ConnectorLink, stream: int, session: Session, record: SessionRecord) -> None:
+        deliveries = self._routing.deliveries
+        self._complete(session)
+        self._sessions.add(session)
+        self._routing.strategy.session_opened(session.account, session.jid.resource)
+        # The connector does not tell apart whom they are for.
+        asked = [(one.to_jid, one.id, one.left) for one in record.asked if is_tracked(one.to_jid, session)]
+        deliveries.deadlines.adopted(session, asked)
+        self._binding.adopted(session)
+        # What is stored for it goes before anything new.
+        deliveries.hold(session)
+        if stream:
+            session.link = link
+        elif session.resume_seconds:
+            self.wait(session, record.resume_left or float(session.resume_seconds))
+        link.reattached(session, stream)
+        self.taken += 1
+        log.debug("session_taken_over", session=session.id, account=session.account, epoch=session.epoch)
+        self._spawn(self._catch_up(session), "what is stored for a session that was taken over")
+
+    def _complete(self, session: Session) -> None:
+        """What a copy does not say of the stanzas that the client has not confirmed follows from their bytes."""
+        queue: deque[tuple[int, Envelope | bytes]] = deque()
+        for number, what in session.outbound.queue:
+            if isinstance(what, bytes):
+                queue.append((number, what))
+                continue
+            if not what.children and not _fill(what):
+                continue
+            if what.kind == MESSAGE and what.number and self._safety.memory:
+                # Its sender was told that two have it; this is one of them.
+                self._safety.given(what, session.jid.bare, session.id)
+            if session.inbound.counts:
+                queue.append((number, what))
+            elif what.kind == MESSAGE and (id_ := self._safety.kept_as(what, session.jid.bare)) is not None:
+                queue.append((number, id_))
+        if queue or session.outbound.queue:
+            session.outbound.queue = queue
+
+    async def _catch_up(self, session: Session) -> None:
+        """What is stored for the session goes before anything new, as when it became available; then the modules
+        hear that it is here."""
+        try:
+            # Who stores a message from here on knows that the session is here.
+            await self._routing.notes.known()
+            if session.presence is not None and session.priority >= 0:
+                await tell(self._hooks.session_available, session)
+            await tell(self._hooks.session_attached, session)
+        finally:
+            self._routing.deliveries.release(session)
+            self._hand_over.place(session)
+
+
+def _is_for(ticket: Ticket, record: SessionRecord, jid: Jid) -> bool:
+    """Whether a copy is of the ticket's session: the connector can't name another account."""
+    return bool(ticket.session) and (ticket.session, ticket.account) == (record.id, jid.bare_text)
+
+
+def _fill(envelope: Envelope) -> bool:
+    """Puts the routing fields of a stanza's bytes into its envelope."""
+    try:
+        element = parse_stanza(envelope.stanza)
+    except StreamError:
+        return False
+    attrs = element.attrs
+    envelope.kind = KINDS[element.name]
+    envelope.type, envelope.id = attrs.get("type", ""), attrs.get("id", "")
+    envelope.from_jid, envelope.to_jid = attrs.get("from", ""), attrs.get("to", "")
+    envelope.children.extend(element.children)
+    return True
+
+
+async def _nothing(_session: Session) -> None: ...
