@@ -3,6 +3,7 @@ another connector and this one was chosen to hold its copy."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from services.connector.session_copy import Sent, SessionCopy
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from services.connector.streams import Streams
 
 log = get_logger("connector")
+
+# Seconds that a connector without the stream of a session waits for the one that has it.
+STREAMS_FIRST = 1.0
 
 
 class Copies:
@@ -97,7 +101,13 @@ class Copies:
         gone = link.node.incarnation
         for session, copy in list(self._copies.items()):
             if copy.router == gone or self._brought.get(session, (None, 0))[0] is link:
-                self._streams.spawn(self._bring(session, copy, gone, "", 0), "a copy is brought to another router")
+                self._streams.spawn(self._bring_later(session, copy, gone), "a copy is brought to another router")
+
+    async def _bring_later(self, session: str, copy: SessionCopy, gone: str) -> None:
+        """If the session has a stream, its connector goes first: its client notices less."""
+        await asyncio.sleep(STREAMS_FIRST)
+        if self._copies.get(session) is copy and copy.router == gone:
+            await self._bring(session, copy, gone, "", 0)
 
     def _surrender(self, link: RouterLink, session: str) -> None:
         copy, stream = self._copies.get(session), self._streams.by_session.get(session)

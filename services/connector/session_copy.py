@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Senders whose last number is remembered, as at the router; of more, those that have been silent for longest are
 # forgotten.
 MAX_TAKEN = 2000
+# Messages that a client without XEP-0198 has not confirmed: of more, the oldest are forgotten, and wait in the store.
+# It stops a client that answers no ping from filling memory.
+MAX_DELIVERED = 1000
 # IQ requests whose answers are waited for, as at the router; and the seconds after which none is expected any more.
 MAX_ASKED = 1000
 IQ_DEADLINE = 28.0
@@ -179,6 +182,8 @@ class SessionCopy:
                 self._since.pop(silent, None)
         if record.counts or (kind == MESSAGE and number):
             self._delivered.append(Delivered(envelope.delivery, envelope.origin, number, kind, raw))
+            if not record.counts and len(self._delivered) > MAX_DELIVERED:
+                self._delivered.popleft()
         if kind == IQ and envelope.type not in REQUESTS:
             self._asked.pop((envelope.from_jid, envelope.id), None)
             self._answered(envelope.from_jid, envelope.id)

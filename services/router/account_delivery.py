@@ -134,8 +134,8 @@ class AccountDelivery:
         holder = CLAIMED + session.id if alone else self._holder((session,))
         safe = self._safety.given(envelope, session.jid.bare, holder, waiter, copied)
         self._deliveries.to_session(session, envelope)
-        if safe is not None and session.holder is not None:
-            session.holder.when_copied(safe)
+        if safe is not None:
+            self._deliveries.when_copied(session, safe)
 
     def _holder(self, sessions: Sequence[Session]) -> str:
         """Of those that a message is for, the first one that is given it now; else the one that gets it from the

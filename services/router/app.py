@@ -136,7 +136,7 @@ class Router:
             tasks.spawn,
         )
         self._copies = copies = Copies(
-            own, self._tickets, routing.deliveries.deadlines, lambda: self._forwarder.view,
+            own, self._tickets, routing.deliveries.deadlines, lambda: self._forwarder.view, tasks.spawn,
             options["session-copies"] != 1,
         )  # fmt: skip
         self._negotiator = negotiator = Negotiator(
@@ -183,6 +183,7 @@ class Router:
             own, negotiator, sessions, self._links, self._adoption, self._binding, tasks.spawn, lambda: self._serving
         )
         copies.links = lambda: self._api.links
+        copies.keep, copies.is_here = self._binding.keep, lambda session: sessions.get(session.id) is session
         resumption.surrender, resumption.answers = self._api.surrender, self._answers
         context.server.add(
             add_RouterServiceServicer_to_server,

@@ -214,6 +214,8 @@ class ConnectorLink:
         held, self._held = self._held, {}
         for session in held.values():
             _not_held_by(session, self)
+            # The connector may live, and bring its copy when we are gone.
+            self._negotiator.copies.outdate(session)
             self._negotiator.copies.cover(session)
         streams, self._streams = self._streams, {}
         for stream in streams.values():

@@ -9,14 +9,17 @@ there first. When this router dies, the connector brings the copy to another rou
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from services.router.messages import MessageStore, marked
 from services.router.session_record import record_of, state_of
 from tidings.cluster.hashing import rendezvous
+from tidings.kit.db import DatabaseAway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from services.router.connector_link import ConnectorLink
     from services.router.iq_deadlines import IqDeadlines
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 # Seconds between two looks for sessions without a second holder.
 LOOK = 1.0
+# Seconds for a connector to say that it has forgotten a copy.
+FORGET_TIMEOUT = 1.0
 # Seconds between two looks at what is confirmed and written.
 MARKED = 0.05
 
@@ -35,16 +40,21 @@ class Copies:
     """Makes what goes into copies. One for each router."""
 
     def __init__(
-        self, own: str, tickets: Tickets, deadlines: IqDeadlines, view: Callable[[], ClusterView], wanted: bool = True
-    ) -> None:
+        self, own: str, tickets: Tickets, deadlines: IqDeadlines, view: Callable[[], ClusterView],
+        spawn: Callable[[Any, str], Any], wanted: bool = True,
+    ) -> None:  # fmt: skip
         """`wanted`: whether there are to be any."""
         self._own = own
+        self._spawn = spawn
         self.wanted = wanted
         self._tickets = tickets
         self._deadlines = deadlines
         self._view = view
         # Sessions that have confirmed something, and up to which delivery.
         self._unmarked: dict[str, tuple[Session, int]] = {}
+        # Raises a session's epoch in the table; whether this router has a session.
+        self.keep: Callable[[Session], Awaitable[bool]] = _yes
+        self.is_here: Callable[[Session], bool] = lambda _session: True
         # The links of connectors.
         self.links: Callable[[], Iterable[ConnectorLink]] = tuple
 
@@ -77,13 +87,13 @@ class Copies:
         if not link.local and not self._is_near(link):
             session.holder = link
             if before is not None and before is not link:
-                before.forget(session)
+                self._let_go(session, before)
         elif before is not None and before is not link and not self._is_near(before):
             before.hold(session)
         else:
             session.holder = None if link.local else link
             if before is not None and before is not link:
-                before.forget(session)
+                self._let_go(session, before)
             self.cover(session)
 
     def cover(self, session: Session) -> None:
@@ -103,7 +113,30 @@ class Copies:
         if others:
             links[rendezvous(session.id, others)].hold(session)
             if holder is not None and holder is not session.link:
-                holder.forget(session)
+                self._let_go(session, holder)
+
+    def _let_go(self, session: Session, link: ConnectorLink) -> None:
+        """A connector is to forget its copy. When it does not say that it has, the session's epoch is raised: nobody
+        may keep an old copy under an epoch that still counts."""
+        told: list[bool] = []
+        link.forget(session)
+        link.when_copied(partial(told.append, True))
+        if not told or link.over:
+            asyncio.get_running_loop().call_later(FORGET_TIMEOUT, self._forgotten, session, told)
+
+    def _forgotten(self, session: Session, told: list[bool]) -> None:
+        if not told:
+            self.outdate(session)
+
+    def outdate(self, session: Session) -> None:
+        """Somebody may have an old copy: its epoch is to count no more."""
+        if self.is_here(session):
+            self._spawn(self._raise_epoch(session), "the epoch of a session with an old copy")
+
+    async def _raise_epoch(self, session: Session) -> None:
+        with suppress(DatabaseAway):
+            if not session.moving:
+                await self.keep(session)
 
     def _is_near(self, link: ConnectorLink) -> bool:
         """Whether a connector would die with this router's host, and there is one that would not."""
@@ -151,3 +184,7 @@ def _key(session: Session) -> object:
         session.epoch, frozenset(session.directed) if session.directed else None,
         tuple(session.notes.items()) if session.notes else None,
     )  # fmt: skip
+
+
+async def _yes(_session: Session) -> bool:
+    return True

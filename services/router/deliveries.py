@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from services.router.iq_deadlines import IqDeadlines
@@ -102,6 +103,17 @@ class Deliveries:
             and session.frozen is None
             and not session.closed
         )
+
+    def when_copied(self, session: Session, then: Callable[[], None]) -> None:
+        """Calls `then` when all that have a copy of a session have what was given to it last."""
+        holder, link = session.holder, session.link
+        if holder is None:
+            then()
+        elif link is None or link is holder or link.local:
+            holder.when_copied(then)
+        else:
+            # Two have one: the stream's connector gets it when the other one has it.
+            holder.when_copied(partial(link.when_copied, then))
 
     def _give(self, session: Session, envelope: Envelope) -> None:
         if envelope.kind == MESSAGE:
@@ -226,9 +238,9 @@ class Deliveries:
         the others find no room."""
         done = 0
         account = session.jid.bare
-        had = {
-            self.kept_as(what, account) if isinstance(what, Envelope) else what for _, what in session.outbound.queue
-        }
+        withheld = (session.withheld or {}).values()
+        has = (what for _, what in chain(session.outbound.queue, *withheld))
+        had = {self.kept_as(what, account) if isinstance(what, Envelope) else what for what in has}
         for envelope, id_, given in page:
             if session.outbound.bytes >= WINDOW_BYTES and _confirms(session):
                 break

@@ -21,7 +21,7 @@ from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
 from tidings.cluster.node import Node
 from tidings.cluster.strategy import Plan
 from tidings.cluster.view import ClusterView
-from tidings.kit.link import INTERVAL, Gap, Outbox, Overflow
+from tidings.kit.link import INTERVAL, PATIENT, Gap, Outbox, Overflow
 from tidings.kit.logging import get_logger
 from tidings.kit.module import MESSAGE
 from tidings.kit.rpc_errors import describe, error_detail
@@ -49,7 +49,7 @@ class OutgoingLink:
     def __init__(self, node: Node, forwarder: Forwarder) -> None:
         self.node = node
         self._forwarder = forwarder
-        self.outbox: Outbox[ForwardRequest] = Outbox(ForwardRequest, INTERVAL, resumable=True)
+        self.outbox: Outbox[ForwardRequest] = Outbox(ForwardRequest, INTERVAL, resumable=True, most=PATIENT)
         self.outbox.on_batch = self._numbered
         self.outbox.on_relief = self._relieved
         # The other router has answered a call.

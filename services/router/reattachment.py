@@ -138,7 +138,7 @@ class Reattachment:
         if row is None or self._adoption.draining or link.over:
             return None
         record.epoch = row.epoch
-        session = session_of(record, stream, self._spawn)
+        session = session_of(record, stream, self._spawn, doubtful=True)
         session.connector = link.incarnation
         while True:
             try:

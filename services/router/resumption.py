@@ -167,8 +167,8 @@ class Resumption:
         return session if session.resume_seconds and not session.closed else None
 
     async def _elsewhere(self, stream: Negotiation, id_: str) -> str:
-        """The other router that has it, and that answers; '' when there is none, or when it has come here. The copy of
-        a session whose router is gone, or does not answer, is asked for. Raises DatabaseAway."""
+        """The other router that has it, and that answers; '' when there is none, or when it has come here. The copy
+        of a session whose router is gone, or does not answer, is asked for. Raises DatabaseAway."""
         assert stream.account is not None
         ends = asyncio.get_running_loop().time() + TAKE_OVER_TIMEOUT
         asked = ""

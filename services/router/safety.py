@@ -55,8 +55,8 @@ class Safety:
         self._messages = messages
         self._rules = rules
         self._limit = limit
-        # Whether a sender waits until its messages are safe; and whether that is the case when two processes hold them,
-        # where two hold the session that gets one: else it waits for the database.
+        # Whether a sender waits until its messages are safe; and whether that is the case when two processes hold
+        # them, where two hold the session that gets one: else it waits for the database.
         self.waits = durability != "none"
         self.memory = durability == "memory"
         self._key = b""
@@ -86,11 +86,14 @@ class Safety:
         inbound = session.inbound
         if inbound.counts:
             kind, id_, to, raw = envelope.kind, envelope.id, envelope.to_jid, envelope.stanza
-            if inbound.may_repeat and inbound.repeated(kind, id_, to, raw):
-                self.on_safe(session)
-                return False
-            number = inbound.take()
-            inbound.count(Sent(number, kind, id_, to, raw))
+            if inbound.may_repeat and (number := inbound.repeated(kind, id_, to, raw)):
+                if inbound.revived != number:
+                    self.on_safe(session)
+                    return False
+                inbound.revived = 0  # the router that had it is gone, and may not have dealt with it
+            else:
+                number = inbound.take()
+                inbound.count(Sent(number, kind, id_, to, raw))
         elif self.waits or session.holder is not None:
             number = inbound.take()
         else:
@@ -243,8 +246,8 @@ class Safety:
         return self._limit if self._messages.away else min(self._limit, BUSY_LIMIT)
 
     def relief(self, session: Session) -> Awaitable[None] | None:
-        """What a session that has sent a message is to wait for before the next one is taken: the database, or another
-        router, is behind. Its socket is not read meanwhile."""
+        """What a session that has sent a message is to wait for before the next one is taken: the database, or
+        another router, is behind. Its socket is not read meanwhile."""
         if not self._limit or (self._relieved is None and self.waiting_bytes <= self._bound()):
             return None
         inbound = session.inbound

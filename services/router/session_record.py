@@ -53,8 +53,11 @@ def record_of(session: Session, asked: Iterable[tuple[str, str, float]], left: f
     return record
 
 
-def session_of(record: SessionRecord, stream: int, spawn: Callable[[Any, str], Any]) -> Session:
-    """The session under the next epoch, without its connector's link. Raises JidError."""
+def session_of(
+    record: SessionRecord, stream: int, spawn: Callable[[Any, str], Any], doubtful: bool = False
+) -> Session:
+    """The session under the next epoch, without its connector's link. `doubtful`: its router is gone; it is not known
+    what of that was dealt with which is not safe. Raises JidError."""
     session = Session(Jid.parse(record.jid), record.lang, None, stream, spawn)
     session.id = record.id
     session.epoch = record.epoch + 1
@@ -75,7 +78,8 @@ def session_of(record: SessionRecord, stream: int, spawn: Callable[[Any, str], A
         inbound.before, inbound.handled = record.counted_after, record.handled
         if record.unconfirmed:
             inbound.carry_on(
-                [Sent(one.number, one.kind, one.id, one.to_jid, one.stanza) for one in record.unconfirmed]
+                [Sent(one.number, one.kind, one.id, one.to_jid, one.stanza) for one in record.unconfirmed],
+                doubtful,
             )
         inbound.last = record.number
     outbound.sent = outbound.asked = record.sent

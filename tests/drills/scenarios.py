@@ -11,6 +11,8 @@ from tests.drills.population import SHORT
 
 # Seconds that a message between two nodes may take while a third one hangs.
 HELD_UP = 10.0
+# Seconds that a log-in may take where others compute.
+LOGGED_IN = 10.0
 # Seconds behind its time within which contacts see that somebody is gone.
 SEEN_WITHIN = 14.0
 
@@ -111,18 +113,20 @@ async def the_first_of_two_devices_is_cut(drill: Drill) -> None:
 
 async def a_log_in_while_messages_come(drill: Drill) -> None:
     """Stored messages wait for those who were away, and live ones come at the moment of their log-in."""
-    chosen = [client for client in drill.population.singles if client.works][:4]
-    writers = [client for client in drill.population.working() if client not in chosen][:6]
+    chosen = [client for client in drill.population.singles if client.works][:6]
+    writers = [client for client in drill.population.working() if client not in chosen][:12]
 
     async def fire(times: int) -> None:
         for _ in range(times):
             for client in writers:
-                client.send(drill.random.choice(chosen).account)
+                # By a full JID it is the new session's before that is available.
+                to = drill.random.choice(chosen)
+                client.send(drill.random.choice([to.jid, to.account]))
             await asyncio.sleep(0.02)
 
     for client in chosen:
         await client.close()
-    await fire(25)
+    await fire(50)
 
     def strike() -> None:
         for client in chosen:
@@ -130,7 +134,10 @@ async def a_log_in_while_messages_come(drill: Drill) -> None:
             client.start()
 
     async with drill.broken("log-in under fire", strike):
-        await fire(75)
+        deadline = drill.history.now() + LOGGED_IN
+        while not all(client.works for client in chosen) and drill.history.now() < deadline:
+            await fire(5)
+        await fire(50)
 
 
 async def stored_just_before_the_kill(drill: Drill) -> None:

@@ -234,9 +234,13 @@ class Forwarder:
         self._answered(sent)
 
     def relieved(self) -> None:
-        """A link that was crowded is so no longer."""
-        for flow in list(self._flows.values()):
+        """A link that was crowded is so no longer. Flows go on in turn: who got on comes to stand last, or those in
+        front would always fill the link again."""
+        for key, flow in list(self._flows.items()):
+            waiting = len(flow.queue)
             self._settle(flow)
+            if len(flow.queue) < waiting and self._flows.get(key) is flow:
+                self._flows[key] = self._flows.pop(key)
 
     def _returned(self, sent: Sent, version: int) -> None:
         flow, group = sent.flow, sent.group

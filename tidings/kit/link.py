@@ -37,10 +37,11 @@ SHORTEST_WAIT = 0.0002
 # dead. Beyond either `Overflow` is raised, and the link's owner ends the link.
 MAX_WAITING = 256
 MAX_WAITING_BYTES = 64 << 20
-# From so much on whoever can hold its own sources back does so, until it is half of that: a stanza of 200 bytes takes
-# some 3 KiB on its way, so that this is 25 MiB.
-CONGESTED = 16
-CONGESTED_BYTES = 8 << 20
+# From so much on whoever can hold its own sources back does so, until it is half of that. A stanza of 200 bytes takes
+# some 3 KiB on its way, and what many sources add within one turn of the loop holds up everything else.
+CONGESTED = 4
+# The same for links whose sources are bounded otherwise, so that they are not held up for a moment's sake.
+PATIENT = 32
 # Sent batches of a resumable link that its peer has not confirmed; with so many, those that follow wait.
 MAX_UNCONFIRMED = 128
 # Seconds that a confirmation may wait for company.
@@ -86,6 +87,7 @@ class Outbox(Generic[B]):
         "_count",
         "_ended",
         "_interval",
+        "_most",
         "_new",
         "_resend",
         "_resumable",
@@ -105,7 +107,16 @@ class Outbox(Generic[B]):
         "sequence",
     )  # fmt: skip
 
-    def __init__(self, new: Callable[[], B], interval: float, resumable: bool = False, bounded: bool = True) -> None:
+    def __init__(
+        self,
+        new: Callable[[], B],
+        interval: float,
+        resumable: bool = False,
+        bounded: bool = True,
+        most: int = CONGESTED,
+    ) -> None:
+        """`most`: batches that may wait before it is congested."""
+        self._most = most
         self._resumable = resumable
         self._bounded = bounded
         # Sent and not confirmed, and those of them that the present call has to send again.
@@ -163,11 +174,11 @@ class Outbox(Generic[B]):
 
     @property
     def congested(self) -> bool:
-        return len(self._waiting) > CONGESTED or self._waiting_bytes > CONGESTED_BYTES
+        return max(len(self._waiting), self._waiting_bytes // MAX_BYTES) > self._most
 
     @property
     def _is_relieved(self) -> bool:
-        return len(self._waiting) <= CONGESTED // 2 and self._waiting_bytes <= CONGESTED_BYTES // 2
+        return max(len(self._waiting), self._waiting_bytes // MAX_BYTES) <= self._most // 2
 
     def _close(self) -> None:
         if not self._count:
@@ -218,7 +229,11 @@ class Outbox(Generic[B]):
 
     def when_confirmed(self, then: Callable[[], None]) -> None:
         """Calls `then` when the peer has what was put in last; in order."""
-        self._awaited.append((self.sequence + len(self._waiting) + 1, then))
+        last = self.sequence + len(self._waiting) + (1 if self._count else 0)
+        if last <= self.confirmed_through:
+            then()
+        else:
+            self._awaited.append((last, then))
 
     def release(self) -> None:
         """The link is over: nothing waits for the peer any more."""

@@ -58,7 +58,10 @@ class Inbound:
     `settle` that one of these things has; whoever takes a stanza has expected one, and settles it too.
     """
 
-    __slots__ = ("_again", "_counted", "_open", "before", "counts", "handled", "last", "number", "resumed_at")
+    __slots__ = (
+        "_again", "_counted", "_open", "before", "counts", "doubtful", "handled", "last", "number", "resumed_at",
+        "revived",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         # The last number given.
@@ -74,6 +77,10 @@ class Inbound:
         self.before = 0
         self.last = 0
         self.resumed_at = 0
+        # Whether it is not known if that was dealt with which the client may repeat; and the last such number that
+        # was repeated, and is to be dealt with again.
+        self.doubtful = False
+        self.revived = 0
         # What the client may repeat since it has resumed.
         self._again: deque[Sent] = NOTHING
 
@@ -169,8 +176,10 @@ class Inbound:
         """5: what is not in `h` now may come again, all of it or only some, in its old order."""
         self.carry_on(self.kept())
 
-    def carry_on(self, kept: list[Sent]) -> None:
-        """The same, with what a copy of the session knows to be kept."""
+    def carry_on(self, kept: list[Sent], doubtful: bool = False) -> None:
+        """The same, with what a record of the session knows to be kept. `doubtful`: it is not known whether that has
+        been dealt with."""
+        self.doubtful = doubtful or self.doubtful
         self._again = deque(kept)
         self._counted = deque()
         self.resumed_at = self.last = self.number
@@ -182,6 +191,9 @@ class Inbound:
                 for _ in range(index + 1):
                     self._again.popleft()
                 self._counted.append(sent)
+                if self.doubtful and sent.number not in self._open:
+                    self._open[sent.number] = 1
+                    self.revived = sent.number
                 self._advance()
                 return sent.number
         return 0

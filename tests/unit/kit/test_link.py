@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tidings.api.router.v1.router_pb2 import AttachRequest
 from tidings.kit.link import (
-    CONGESTED_BYTES,
+    CONGESTED,
     MAX_BYTES,
     MAX_ENVELOPES,
     MAX_UNCONFIRMED,
@@ -75,7 +75,7 @@ async def test_a_peer_that_takes_nothing_overflows_and_congestion_is_told_before
             if outbox.congested and not congested_at:
                 congested_at = added
     most = MAX_WAITING_BYTES // MAX_BYTES
-    assert CONGESTED_BYTES // MAX_BYTES < congested_at < most
+    assert CONGESTED < congested_at < most
     assert added == most + 1
     relieved = []
     outbox.on_relief = lambda: relieved.append(outbox.congested)
@@ -263,3 +263,22 @@ async def test_a_long_lane_asks_for_a_pause_and_ends_it() -> None:
     await asyncio.wait_for(lane.idle(), 5)
     assert told == ["long", "short"]
     await tasks.stop()
+
+
+async def test_what_waits_until_the_peer_has_a_batch_is_called_then_and_in_order() -> None:
+    outbox = Outbox(AttachRequest, 0, resumable=True)
+    called: list[str] = []
+    outbox.when_confirmed(lambda: called.append("nothing was sent"))
+    assert called == ["nothing was sent"]
+    outbox.begin(10).add(number=1)
+    outbox.when_confirmed(lambda: called.append("first"))
+    await sent_by(outbox, 1)
+    outbox.when_confirmed(lambda: called.append("also in the first"))
+    outbox.begin(10).add(number=2)
+    outbox.when_confirmed(lambda: called.append("second"))
+    outbox.confirmed(1)
+    assert called[1:] == ["first", "also in the first"]
+    outbox.confirmed(1)
+    outbox.when_confirmed(lambda: called.append("also in the second"))
+    outbox.release()
+    assert called[3:] == ["second", "also in the second"], "a link that is over is waited for no longer"

@@ -95,7 +95,7 @@ class Attached:
             accounts=router.stores.accounts, binding=NobodyElsewhere(),  # type: ignore[arg-type]
             hand_over=nobody, adoption=nobody, tickets=nobody, safety=router.safety,
             acknowledgements=router.acknowledgements, resumption=self.resumption,
-            copies=Copies(router.own, nobody, router.routing.deliveries.deadlines, ClusterView),
+            copies=Copies(router.own, nobody, router.routing.deliveries.deadlines, ClusterView, router.tasks.spawn),
             answers=nobody, spawn=router.tasks.spawn,
         )  # fmt: skip
         self.outbox: Outbox[AttachResponse] = Outbox(AttachResponse, 0)

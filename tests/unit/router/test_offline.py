@@ -16,7 +16,7 @@ from services.router.sessions import Session
 from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, presence, until, view
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
-from tidings.kit.module import MESSAGE, Stanza
+from tidings.kit.module import IQ, MESSAGE, Stanza
 from tidings.xmpp.jid import Jid
 
 MODULES = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)
@@ -167,6 +167,24 @@ async def test_what_only_an_earlier_session_was_given_is_new_to_a_later_one(rout
     await until(lambda: not router.stores.messages.waiting_bytes)
     await router.end(first)
     await until(lambda: texts(router, second) == ["2", "1"])
+
+
+async def test_what_waits_behind_a_withheld_answer_is_not_read_from_the_store_too(router: MemoryRouter) -> None:
+    """Found by the drills."""
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    juliet.inbound.take()  # something that she has sent is not safe
+    error = Envelope(kind=IQ, type="error", id="e", from_jid=romeo.jid_text, to_jid=juliet.jid_text, stanza=b"<iq/>")
+    router.routing.deliveries.deliver(juliet, error)
+    await router.send(romeo, message("1", str(juliet.jid)))
+    await until(lambda: not router.stores.messages.waiting_bytes)
+    assert texts(router, juliet) == []
+    for handler in router.hooks.session_available:
+        given = handler(juliet)
+        assert given is not None
+        await given
+    juliet.inbound.settle(1)
+    router.acknowledgements._safe(juliet)
+    assert texts(router, juliet) == ["1"]
 
 
 async def test_what_was_given_before_it_is_stored_overtakes_nothing_that_is(router: MemoryRouter) -> None:

@@ -1,0 +1,144 @@
+"""A connector's copy of a session, and the router that carries the session on from it: what the client has sent keeps
+its numbers, whatever of it the dead router had dealt with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.connector.session_copy import Sent as Copied
+from services.connector.session_copy import SessionCopy
+from services.router.session_record import record_of, session_of, state_of
+from services.router.sessions import Session
+from tidings.api.common.v1.session_pb2 import SessionRecord
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.api.router.v1.router_pb2 import SessionProgress
+from tidings.kit.module import MESSAGE
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.stream_management import Sent
+
+JID = Jid.parse("romeo@example.org/r")
+
+
+def nothing(_work: Any, _name: str) -> None: ...
+
+
+class Pair:
+    """A session at its router, and its copy; what is sent goes to both, the copy first."""
+
+    def __init__(self) -> None:
+        self.session = Session(JID, "en", None, 1, nothing)
+        self.copy = SessionCopy("r1")
+        self.copy.begin(record_of(self.session, ()), b"")
+        # By position: the number that the router gave, and the text.
+        self.given: list[tuple[int, str]] = []
+        self.repeat: list[str] = []
+        self.text = 0
+
+    def send(self, text: str = "") -> None:
+        """A new stanza, or one that is repeated."""
+        if not text:
+            self.text += 1
+            text = str(self.text)
+        raw = f"<message id='{text}'><body>{text}</body></message>".encode()
+        self.copy.sent(Copied(MESSAGE, "chat", text, "", ("body",), raw))
+        self.given.append((accept(self.session, text, raw), text))
+
+    def enable(self) -> None:
+        if not self.session.inbound.counts:
+            self.session.inbound.enable()
+            self.copy.state(state_of(self.session))
+
+    def settle(self, index: int) -> None:
+        unsafe = self.session.inbound.unsafe()
+        if unsafe:
+            self.session.inbound.settle(unsafe[index % len(unsafe)])
+
+    def progress(self) -> None:
+        inbound = self.session.inbound
+        self.copy.progress(
+            SessionProgress(
+                passed=inbound.passed, number=inbound.last_passed, again_from=inbound.again_from,
+                confirmed=self.session.marked,
+            )
+        )  # fmt: skip
+
+    def resume(self) -> None:
+        """The stream breaks and another one goes on; the client will repeat what is not in `h`."""
+        inbound = self.session.inbound
+        if inbound.counts:
+            self.repeat = [sent.id for sent in inbound.kept()]
+            inbound.resume()
+            self.copy = SessionCopy("r1")
+            self.copy.begin(record_of(self.session, ()), b"")
+            self.given.clear()
+
+    def taken_over(self) -> tuple[Session, list[tuple[int, str]]]:
+        """The session at another router, and the numbers that it gives to what the copy had kept."""
+        record = SessionRecord()
+        self.copy._whole(record)
+        session = session_of(record, 1, nothing, doubtful=True)
+        return session, [(accept(session, sent.id, sent.raw), sent.id) for sent in self.copy._sent]
+
+
+def accept(session: Session, text: str, raw: bytes) -> int:
+    """As Safety does it."""
+    inbound = session.inbound
+    if inbound.counts and inbound.may_repeat and (known := inbound.repeated(MESSAGE, text, "", raw)):
+        return known
+    number = inbound.take()
+    if inbound.counts:
+        inbound.count(Sent(number, MESSAGE, text, "", raw))
+    return number
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.just("send"), st.just("send"), st.just("enable"), st.just("progress"), st.just("resume"), st.just("again"),
+        st.just("skip"), st.integers(0, 5),
+    ),
+    max_size=60,
+)  # fmt: skip
+
+
+@given(STEPS)
+def test_the_router_that_takes_over_gives_the_same_numbers(steps: list[Any]) -> None:
+    pair = Pair()
+    told = 0
+    for step in steps:
+        if isinstance(step, int):
+            pair.settle(step)
+        elif step in ("again", "skip"):
+            # A client repeats what it likes of what it may, in order.
+            if pair.repeat and (text := pair.repeat.pop(0)) and step == "again":
+                pair.send(text)
+        else:
+            getattr(pair, step)()
+        if step == "progress":
+            told = pair.session.inbound.handled
+    session, numbers = pair.taken_over()
+    kept = len(numbers)
+    assert numbers == pair.given[len(pair.given) - kept :], "each keeps its number"
+    assert session.inbound.handled >= told, "what was told to be handled stays it"
+    assert session.inbound.handled <= pair.session.inbound.handled, (
+        "nothing is taken for safe that is not known to be"
+    )
+    # And what comes next is above all.
+    fresh = accept(session, "new", b"<message id='new'/>")
+    assert fresh > max((number for number, _ in pair.given), default=0)
+
+
+def test_what_the_client_has_not_confirmed_is_in_the_copy_until_that_is_written() -> None:
+    pair = Pair()
+    pair.enable()
+    for delivery in (1, 2, 3):
+        raw = b"<message from='juliet@example.org/j'/>"
+        pair.copy.delivered(Envelope(delivery=delivery, origin="j", number=delivery + 10, kind=MESSAGE), raw)
+    pair.session.marked = 2
+    pair.progress()
+    session, _ = pair.taken_over()
+    assert [number for number, _ in session.outbound.queue] == [3]
+    assert (session.outbound.sent, session.outbound.acknowledged) == (3, 2)
+    assert (session.taken, session.since) == ({"j": 13}, {"j": 11})
