@@ -116,6 +116,8 @@ class AccountDelivery:
         present = (
             delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(sessions.values())
         )
+        if kind == MESSAGE and present and self._comes_late(envelope, item, present):
+            return False
         if kind == MESSAGE and len(present) == 1:
             self.give(present[0], envelope, item.waiter)
             return True
@@ -124,6 +126,14 @@ class AccountDelivery:
         for receiver in present:
             self._deliveries.to_session(receiver, envelope)
         return bool(present)
+
+    @staticmethod
+    def _comes_late(envelope: Envelope, item: Item, present: Sequence[Session]) -> bool:
+        """Whether a message that was for another resource, which is gone, comes behind later ones of its sender: its
+        sessions would take it for a repeated one. It is stored, and read back from there."""
+        if item.resource or "/" not in envelope.to_jid or not envelope.number:
+            return False
+        return all(envelope.number <= session.taken.get(envelope.origin, 0) for session in present)
 
     def give(self, session: Session, envelope: Envelope, waiter: Waiter | None = None, alone: bool = False) -> None:
         """To one session, whatever it is (8.5.3.1). `alone`: no other one, here or elsewhere, is given it."""

@@ -126,14 +126,17 @@ class ConnectorLink:
         """Works a stanza off; when another connector holds the session's copy, as soon as that one has it."""
         envelope.from_jid = session.jid_text
         envelope.received_unix_ms = now
-        if not self._negotiator.safety.accept(session, envelope):
+        lane, holder = session.lane, session.holder
+        new = self._negotiator.safety.accept(session, envelope)
+        # What is only repeated counts there too.
+        copied = holder.copy_sent(session, envelope) if holder is not None and holder is not self else None
+        if not new:
             return
         if envelope.answered:
             self._negotiator.safety.dealt(session, envelope.number)
             return
-        lane, holder = session.lane, session.holder
-        if holder is not None and holder is not self:
-            lane.run(_until, holder.copy_sent(session, envelope))
+        if copied is not None:
+            lane.run(_until, copied)
         if lane.waiting is not None:
             lane.run(self._negotiator.routing.from_session, session, envelope)
             return
@@ -366,6 +369,10 @@ class ConnectorLink:
         command.session = session.id
         command.attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
         command.attached.record.CopyFrom(self._negotiator.copies.whole(session, self))
+        for sent in session.inbound.under_way():
+            envelope = Envelope(id=sent.id, to_jid=sent.to, stanza=sent.raw)
+            envelope.kind = sent.kind  # type: ignore[assignment]
+            self.copy_sent(session, envelope)
 
     def copy_sent(self, session: Session, envelope: Envelope) -> asyncio.Future[None]:
         """Copies what a client has sent; done when the connector there has it, or is gone."""
@@ -379,7 +386,7 @@ class ConnectorLink:
             copied.set_result(None)
             self.cut_off()
         else:
-            self.when_copied(partial(copied.set_result, None))
+            self.when_copied(partial(_done, copied))
         return copied
 
     def when_copied(self, then: Callable[[], None]) -> None:
@@ -449,6 +456,11 @@ class ConnectorLink:
 
     def _set_reading(self, stream: int, reading: bool) -> None:
         self.command(stream).set_reading.reading = reading
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _until(done: asyncio.Future[None]) -> asyncio.Future[None] | None:

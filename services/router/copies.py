@@ -134,7 +134,8 @@ class Copies:
             self._spawn(self._raise_epoch(session), "the epoch of a session with an old copy")
 
     async def _raise_epoch(self, session: Session) -> None:
-        with suppress(DatabaseAway):
+        # A router that ends has closed its database.
+        with suppress(DatabaseAway, AssertionError):
             if not session.moving:
                 await self.keep(session)
 

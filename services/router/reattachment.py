@@ -19,6 +19,7 @@ from services.router.hand_over import MAX_MOVES
 from services.router.session_record import session_of
 from services.router.sessions import Session, Sessions
 from services.router.store import SessionRow, SessionTable
+from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
 from tidings.kit.module import KINDS, MESSAGE, Hooks
@@ -156,7 +157,7 @@ class Reattachment:
 
     async def _row(self, jid: Jid, attach: SessionAttach) -> SessionRow | None:
         """The session's row, if it is as the connector knows it: still its router's, or one's that it has asked
-        since. A copy that has grown old finds another one."""
+        since and that is gone too. A copy that has grown old finds another one."""
         record = attach.record
         while True:
             try:
@@ -167,9 +168,13 @@ class Reattachment:
         for row in rows:
             if row.session == record.id and row.jid == jid:
                 as_known = (row.router, row.epoch) == (attach.router_incarnation, record.epoch)
-                taken = row.router in attach.asked_incarnations and row.epoch == record.epoch + 1
-                return row if as_known or taken else None
+                asked = row.router in attach.asked_incarnations and row.epoch == record.epoch + 1
+                return row if as_known or (asked and not self._is_alive(row.router)) else None
         return None
+
+    def _is_alive(self, router: str) -> bool:
+        node = self._routing.forwarder.view.by_incarnation(router)
+        return router == self._own or (node is not None and node.state is not NodeState.FAILED)
 
     def _begin(self, link: ConnectorLink, stream: int, session: Session, record: SessionRecord) -> None:
         deliveries = self._routing.deliveries

@@ -36,13 +36,14 @@ def record_of(session: Session, asked: Iterable[tuple[str, str, float]], left: f
     not in it, but for what its client may repeat."""
     inbound, outbound = session.inbound, session.outbound
     record = state_of(session)
-    record.handled, record.number, record.passed = inbound.handled, inbound.number, inbound.position
+    record.handled, record.passed = inbound.handled, inbound.position
+    record.number = inbound.last if inbound.counts else inbound.safe_through
     record.sent, record.acknowledged = outbound.sent, outbound.acknowledged
     record.taken.update(session.taken)
     record.since.update(session.since)
     record.resume_left = left
     record.asked.extend(AskedIq(to_jid=to, id=id_, left=left) for to, id_, left in asked)
-    for sent in inbound.kept():
+    for sent in inbound.repeatable():
         record.unconfirmed.add(number=sent.number, kind=sent.kind, id=sent.id, to_jid=sent.to, stanza=sent.raw)
     for number, what in outbound.queue:
         if isinstance(what, Envelope):

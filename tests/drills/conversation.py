@@ -84,10 +84,13 @@ class Conversation:
     def account(self) -> str:
         return account_of(self.jid)
 
+    def waiting(self) -> int:
+        """Messages that it has written and the server has not acknowledged."""
+        return sum(pending.kind == "message" for pending in self.unacknowledged)
+
     def in_flight(self) -> int:
-        """Messages that it has written and the server has not acknowledged; with XEP-0198 also those the other way."""
-        written = sum(pending.kind == "message" for pending in self.unacknowledged)
-        return written + (len(self.unconfirmed) if self.counting else 0)
+        """The same; with XEP-0198 also those the other way."""
+        return self.waiting() + (len(self.unconfirmed) if self.counting else 0)
 
     # --- out ---
 

@@ -130,9 +130,9 @@ class Drill:
                 break
         for client in self.population.clients:
             self.complaints += client.complaints
-            if client.in_flight():
-                # Also when nothing is lost, for nothing was promised: somebody is deaf.
-                self.complaints.append(f"{client.jid}: {client.in_flight()} messages are still not acknowledged")
+            if client.waiting():
+                # Nothing is lost, for nothing was promised: but somebody is deaf.
+                self.complaints.append(f"{client.jid}: {client.waiting()} messages are still not acknowledged")
         self._measure()
         self.judged = self._seen()
         return check(self.judged, self._durable)

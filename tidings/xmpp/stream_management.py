@@ -202,6 +202,14 @@ class Inbound:
     def may_repeat(self) -> bool:
         return bool(self._again)
 
+    def repeatable(self) -> list[Sent]:
+        """What the client may repeat, or has repeated and is not in `h`, by number."""
+        return [sent for sent in self.kept() if sent.number <= self.resumed_at]
+
+    def under_way(self) -> list[Sent]:
+        """What has come on the present stream and is not in `h`, as it came."""
+        return list(self._counted)
+
     def kept(self) -> list[Sent]:
         """What is not in `h`, by number."""
         return sorted({sent.number: sent for sent in (*self._again, *self._counted)}.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.connector.session_copy import Sent as Copied
@@ -65,6 +65,16 @@ class Pair:
             )
         )  # fmt: skip
 
+    def hold(self) -> None:
+        """Another connector gets the copy, in the midst of the stream."""
+        inbound = self.session.inbound
+        if inbound.counts and inbound.passed >= inbound.before:
+            under_way = inbound.under_way()
+            self.copy = SessionCopy("r1")
+            self.copy.begin(record_of(self.session, ()), b"")
+            for sent in under_way:
+                self.copy.sent(Copied(sent.kind, "chat", sent.id, sent.to, ("body",), sent.raw))
+
     def resume(self) -> None:
         """The stream breaks and another one goes on; the client will repeat what is not in `h`."""
         inbound = self.session.inbound
@@ -97,12 +107,13 @@ def accept(session: Session, text: str, raw: bytes) -> int:
 STEPS = st.lists(
     st.one_of(
         st.just("send"), st.just("send"), st.just("enable"), st.just("progress"), st.just("resume"), st.just("again"),
-        st.just("skip"), st.integers(0, 5),
+        st.just("hold"), st.just("skip"), st.integers(0, 5),
     ),
     max_size=60,
 )  # fmt: skip
 
 
+@settings(max_examples=400, deadline=None)
 @given(STEPS)
 def test_the_router_that_takes_over_gives_the_same_numbers(steps: list[Any]) -> None:
     pair = Pair()
