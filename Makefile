@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check proto proto-check drills drills-planted bench bench-traffic clean test-cluster test-processes test-loopback test-mysql test-floor test-all test-packages python
+.PHONY: help run cluster test check proto proto-check drills drills-planted bench bench-traffic clean test-cluster test-processes test-loopback test-mysql test-drills test-floor test-all test-packages python
 
 help:  ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ proto-check: $(PROTO_BIN)/.made
 
 drills: $(VENV)/.test test-packages  ## Break real clusters under load, and check the promise (SEEDS=N, SEED=n, LONG=1, DATABASE=galera)
 	@SEEDS=$(or $(SEEDS),5) SEED=$(SEED) LONG=$(LONG) DATABASE=$(DATABASE) $(BIN)/python tests/drills/run.py
+
+test-drills: $(VENV)/.test test-packages  ## Five lives of a cluster, and each planted bug once
+	@$(BIN)/python tests/run.py drills
 
 drills-planted: $(VENV)/.test test-packages  ## Plant bugs into clusters, and check that the drills find them (RUNS=N, BUG=name)
 	@RUNS=$(or $(RUNS),20) BUG=$(BUG) $(BIN)/python tests/drills/planted/run.py

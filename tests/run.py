@@ -2,7 +2,8 @@
 
 - python tests/run.py test      what every change must pass: a named subset where the whole takes long
 - python tests/run.py cluster   the plays in every way of running, and all drills on clusters
-- python tests/run.py test drills   one part of them
+- python tests/run.py test plays    one part of them, by its name
+- python tests/run.py drills    lives of clusters, and each planted bug once
 """
 
 from __future__ import annotations
@@ -38,14 +39,13 @@ TEST = {
     ],
     "cluster": [["tests/cluster", "-m", "not whole"]],
     "packaging and benchmarks": [["tests/packaging", "tests/bench"]],
-    "drills": [[DRILLS], [PLANTED]],
 }
 MATRIX = [
     [PLAYS, f"--nodes={nodes}", f"--strategy={strategy}", f"--way={way}", "--database=mysql"]
     for nodes, strategy, way in product((1, 3), ("home", "online-users", "broadcast"), ("in-process", "processes"))
 ]
 CLUSTER = {"plays": MATRIX, "cluster": [["tests/cluster", "-s"]]}
-PARTS = {"test": TEST, "cluster": CLUSTER}
+PARTS = {"test": TEST, "drills": {"drills": [[DRILLS], [PLANTED]]}, "cluster": CLUSTER}
 
 
 def main(name: str, only: list[str]) -> int:

@@ -148,12 +148,22 @@ class ClientStream:
                 element = event.element
                 attrs = element.attrs
                 raw = event.stamped
+                if copy is None:
+                    link.outbox.begin(len(raw)).add(
+                        origin=session,
+                        kind=KINDS[element.name],
+                        type=attrs.get("type", ""),
+                        id=attrs.get("id", ""),
+                        to_jid=attrs.get("to", ""),
+                        children=element.children,
+                        stanza=raw,
+                    )
+                    continue
                 sent = Sent(
                     KINDS[element.name], attrs.get("type", ""), attrs.get("id", ""), attrs.get("to", ""),
                     element.children, raw,
                 )  # fmt: skip
-                if copy is not None:
-                    copy.sent(sent)
+                copy.sent(sent)
                 link.send(session, sent)
             elif type(event) is NonzaReceived and session and link is not None:
                 element = event.element

@@ -64,6 +64,7 @@ async def chats(one: RawClient, other: RawClient) -> float:
     return longest
 
 
+@pytest.mark.whole
 async def test_receivers_that_do_not_read_fill_no_memory(tmp_path: Path) -> None:
     installation = Installation(ONE_PROCESS, tmp_path, OPTIONS)
     installation.start()
