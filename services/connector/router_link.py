@@ -19,7 +19,7 @@ from tidings.api.router.v1.router_pb2 import (
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
 from tidings.cluster.hashing import rendezvous
 from tidings.cluster.node import Node, NodeState
-from tidings.kit.link import INTERVAL, Gap, Outbox, Overflow, in_order
+from tidings.kit.link import INTERVAL, LAST_WRITE, Gap, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
 from tidings.kit.module import NONZA
 from tidings.kit.rpc_errors import describe, error_detail
@@ -297,4 +297,5 @@ class RouterLinks:
             if not self._links:
                 self._attached.clear()
             call.cancel()
-            await writers.stop()
+            outbox.end()
+            await writers.finish(LAST_WRITE)

@@ -120,8 +120,8 @@ class RouterApi(RouterServiceServicer):
                     self._end(link)
                 elif not link.over:
                     link.expires = asyncio.get_running_loop().call_later(LINK_TIMEOUT, self._end, link)
-            if local:
-                outbox.end()
+            # What it has not written goes with the next call.
+            outbox.end()
             await writers.finish(LAST_WRITE)
 
     def _link(self, caller: Caller, hello: AttachHello) -> tuple[ConnectorLink, bool]:

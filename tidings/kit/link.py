@@ -247,6 +247,7 @@ class Outbox(Generic[B]):
 
     def resume(self, after: int) -> None:
         """Another call begins: batches behind this number are sent again, first."""
+        self._ended = False
         self.confirmed(after)
         self._resend = deque(self._unconfirmed)
         self.confirm_soon()

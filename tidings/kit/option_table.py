@@ -63,7 +63,7 @@ OPTIONS: tuple[Option, ...] = (
     # --- sessions ---
     Option("session-copies", T.COUNT, "0", "How many processes hold a session: 1, or 2 where there are others, so that it outlives its router; 0 means 2."),
     Option("message-durability", T.CHOICE, "database", "When a message is acknowledged: database, when it is stored; memory, when two nodes have it; none, when it is dealt with.", choices=("none", "memory", "database")),
-    Option("pending-limit", T.BYTES, "256M", "Bytes of messages that may wait for the database in a router; beyond it, clients are not read. Stops a slow database from filling memory."),
+    Option("pending-limit", T.BYTES, "256M", "Bytes of messages that may wait in a router while the database is away; beyond it, clients are not read. (While it answers: 16M.) Stops a database that is away from filling memory."),
     Option("resume-timeout", T.SECONDS, "300s", "How long a session waits for its client (XEP-0198); 0: it ends with its connection.", per_host=True),
     Option("archive", T.BOOL, "true", "Whether messages are archived for accounts that have not said (XEP-0313, XEP-0441).", per_host=True),
     Option("archive-days", T.COUNT, "0", "For how many days archives keep messages; 0: for ever.", per_host=True),
