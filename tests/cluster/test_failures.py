@@ -58,7 +58,8 @@ async def test_a_killed_node_is_known_to_all_within_a_second(three: Cluster, bob
         killed = time.monotonic()
         three.kill(1)
         told = await watch.all_tell((0, 2), "n2.test", "failed", 5) - killed
-        gone = await until_presence(alice, "unavailable", 5, from_=bob.jid)
+        # Somebody may have a copy of the session, and take it over: that is waited for (services/router/orphans.py).
+        gone = await until_presence(alice, "unavailable", 10, from_=bob.jid)
         unseen = time.monotonic() - killed
     print(f"\nkill -9: all know after {told * 1000:.0f} ms, contacts after {unseen * 1000:.0f} ms")
     assert told < 1.0
@@ -86,7 +87,7 @@ async def test_a_hung_node_is_put_out_within_six_seconds_and_joins_again_when_it
         stopped = time.monotonic()
         three.process(1).send_signal(signal.SIGSTOP)
         told = await watch.all_tell((0, 2), "n2.test", "failed", 10) - stopped
-        await until_presence(alice, "unavailable", 5, from_=bob.jid)
+        await until_presence(alice, "unavailable", 10, from_=bob.jid)
         print(f"\nSIGSTOP: all know after {told:.1f} s")
         assert 4.0 < told < 6.0
         woken = time.monotonic()
