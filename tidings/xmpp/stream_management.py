@@ -119,6 +119,8 @@ class Inbound:
         return True
 
     def _advance(self) -> None:
+        if self.safe_through < self.before:
+            return  # what came before <enable/> goes before it: a copy that is passed to another router says so too
         counted = self._counted
         while counted and counted[0].number not in self._open:
             self.last = max(self.last, counted.popleft().number)
@@ -153,9 +155,7 @@ class Inbound:
     @property
     def passed(self) -> int:
         """The same, but for what the client does not count and is not safe yet."""
-        return (
-            min(self.safe_through, self.before) if self.counts and self.safe_through < self.before else self.position
-        )
+        return self.safe_through if self.counts and self.safe_through < self.before else self.position
 
     @property
     def last_passed(self) -> int:

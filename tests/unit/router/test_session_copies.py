@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.connector.session_copy import Sent as Copied
@@ -113,7 +113,9 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
+@example(["send", "enable", "send", 1, "progress"])
+@example(["send", "send", "enable", "send", "resume", "again", 2, "progress"])
 @given(STEPS)
 def test_the_router_that_takes_over_gives_the_same_numbers(steps: list[Any]) -> None:
     pair = Pair()
