@@ -148,22 +148,12 @@ class ClientStream:
                 element = event.element
                 attrs = element.attrs
                 raw = event.stamped
-                if copy is None:
-                    link.outbox.begin(len(raw)).add(
-                        origin=session,
-                        kind=KINDS[element.name],
-                        type=attrs.get("type", ""),
-                        id=attrs.get("id", ""),
-                        to_jid=attrs.get("to", ""),
-                        children=element.children,
-                        stanza=raw,
-                    )
-                    continue
                 sent = Sent(
                     KINDS[element.name], attrs.get("type", ""), attrs.get("id", ""), attrs.get("to", ""),
                     element.children, raw,
                 )  # fmt: skip
-                copy.sent(sent)
+                if copy is not None:
+                    copy.sent(sent)
                 link.send(session, sent)
             elif type(event) is NonzaReceived and session and link is not None:
                 element = event.element
@@ -280,11 +270,11 @@ class ClientStream:
     def command(self, command: StreamCommand) -> None:
         """Does what the router says."""
         which = command.WhichOneof("command")
+        if self.sent_on is not None:
+            self.sent_on.answered()
         if which == "moved":
             self._relocate().moved(command.moved)
             return
-        if self.sent_on is not None:
-            self.sent_on.answered()
         if which == "attached":
             self._attached(command.attached)
             return

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 log = get_logger("connector")
 
-UNREACHED = "the router that serves this stream is out of reach"
 # Seconds for a router that a stream is sent on to, to answer.
 ANSWER_TIMEOUT = 1.0
 
+UNREACHED = "the router that serves this stream is out of reach"
 NOBODY = "no other router is in reach; please connect again"
 
 
@@ -57,14 +57,14 @@ class Relocation:
     async def _move(self, moved: Moved) -> None:
         stream = self._stream
         stream.link = link = await stream.streams.link_to(moved.router_incarnation)
-        if link is None and self.reattaching:
-            self.refused(UNREACHED)
+        if self.reattaching:
+            if link is None:
+                self.refused(UNREACHED)
+            else:
+                self._bring(link)
             return
         if link is None:
             stream.close("system-shutdown", UNREACHED)
-        elif self.reattaching:
-            self._bring(link)
-            return
         elif stream.session:
             attach = link.event(stream.number).attach
             attach.ticket, attach.left = moved.ticket, self.left is not None

@@ -19,11 +19,10 @@ from tidings.api.router.v1.router_pb2 import (
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
 from tidings.cluster.hashing import rendezvous
 from tidings.cluster.node import Node, NodeState
-from tidings.kit.link import INTERVAL, LAST_WRITE, Gap, Outbox, Overflow, in_order
+from tidings.kit.link import INTERVAL, LAST_WRITE, Outbox, Overflow, in_order, why_ended
 from tidings.kit.logging import get_logger
 from tidings.kit.module import NONZA
-from tidings.kit.rpc_errors import describe, error_detail
-from tidings.kit.tasks import Tasks, is_cancelled
+from tidings.kit.tasks import Tasks
 
 if TYPE_CHECKING:
     from services.connector.client_stream import ClientStream
@@ -237,27 +236,9 @@ class RouterLinks:
     async def _try(self, link: RouterLink) -> float:
         """One call; the seconds until the next one."""
         node = link.node
-        pause = RETRY
-        try:
-            await self._attach(link)
-            why = "the call ended"
-        except grpc.RpcError as error:
-            why = describe(error)
-            if error_detail(error) is None:
-                self._member.report(node, why)
-            else:
-                pause = SOON  # it has answered
-        except (TimeoutError, OSError) as error:
-            why = str(error) or "no answer"
-            self._member.report(node, why)
-        except Gap as error:
-            why = str(error)
-        except asyncio.CancelledError:
-            if is_cancelled():
-                raise
-            why = "this side ended the call"
+        why, answered = await why_ended(self._attach(link), lambda why: self._member.report(node, why))
         log.debug("router_link_down", router=node.hostname, reason=why)
-        return pause
+        return SOON if answered else RETRY
 
     async def _attach(self, link: RouterLink) -> None:
         node, outbox = link.node, link.outbox

@@ -116,12 +116,12 @@ class AccountDelivery:
         present = (
             delivery.non_negative(sessions.values()) if kind == MESSAGE else delivery.available(sessions.values())
         )
-        if kind == MESSAGE and present and self._comes_late(envelope, item, present):
-            return False
-        if kind == MESSAGE and len(present) == 1:
-            self.give(present[0], envelope, item.waiter)
-            return True
         if kind == MESSAGE and present:
+            if self._comes_late(envelope, item, present):
+                return False
+            if len(present) == 1:
+                self.give(present[0], envelope, item.waiter)
+                return True
             self._safety.given(envelope, present[0].jid.bare, self._holder(present), item.waiter)
         for receiver in present:
             self._deliveries.to_session(receiver, envelope)

@@ -58,8 +58,6 @@ class Acknowledgements:
         self._deliveries = deliveries
         self._safety = safety
         self._resume_timeout = resume_timeout
-        # Told of a session whose client has confirmed something.
-        self.confirmed_by: Callable[[Session], None] = lambda _session: None
         # Sees to it that another connector holds a copy of a session that may be resumed.
         self.cover: Callable[[Session], None] = lambda _session: None
         # Sessions that are to be told what is handled.
@@ -95,7 +93,6 @@ class Acknowledgements:
     def _acknowledged(self, link: ConnectorLink, session: Session, h: str) -> None:
         try:
             self._safety.acknowledged(session, session.outbound.acknowledge(count_of(h)))
-            self.confirmed_by(session)
         except TooHigh as error:
             link.close(session.stream, error.condition, error.text, error.application)
         except StanzaError as error:
@@ -124,8 +121,7 @@ class Acknowledgements:
     # --- what the client is told ---
 
     def _safe(self, session: Session) -> None:
-        if session.holder is not None:
-            session.changed()
+        session.changed()
         if session.withheld is not None:
             self._deliveries.let_go(session)
         if session.asks and session.id not in self._owed:
@@ -215,7 +211,6 @@ class Acknowledgements:
             return False
         session.pinged = 0
         self._safety.acknowledged(session, session.outbound.confirm(int(number)))
-        self.confirmed_by(session)
         if session.outbound.asked < session.outbound.sent:
             self._sent(session)
         return True

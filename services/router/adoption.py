@@ -262,14 +262,14 @@ class Adoption:
 
 
 async def tell(handlers: Iterable[SessionHandler], session: Session) -> None:
-    """Tells modules of a session that has come here."""
+    """Tells modules of a session that has begun, or come here; one that fails keeps none of the others from it."""
     for handler in handlers:
         try:
             result = handler(session)
             if result is not None:
                 await result
         except Exception:
-            log.exception("session_attached_failed", session=session.id)
+            log.exception("session_handler_failed", session=session.id)
 
 
 def in_order(given: list[Envelope], early: Iterable[Envelope]) -> Iterator[Envelope]:

@@ -144,7 +144,7 @@ class Router:
             self._tickets, safety, self._acknowledgements, resumption,
             copies, peers.answered, tasks.spawn,
         )  # fmt: skip
-        self._acknowledgements.confirmed_by = copies.confirmed
+        safety.on_confirmed.append(copies.confirmed)
         self._acknowledgements.cover = resumption.cover = copies.cover
         self._reattachment = negotiator.reattachment = Reattachment(
             own, sessions, table, self._binding, routing, safety, self._acknowledgements, self._tickets,

@@ -143,8 +143,7 @@ class Binding:
             return False
         session.epoch += 1
         self._note(session, session.seen_available)
-        if session.holder is not None:
-            session.changed()
+        session.changed()
         return True
 
     async def is_reachable(self, session: Session) -> bool:

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from services.router.deliveries import own_copy
 from services.router.negotiation import Negotiation, Negotiator
+from services.router.routing_fields import fill
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import (
     AttachRequest,
     AttachResponse,
     SessionAttach,
+    SessionAttached,
+    SessionBound,
     StreamCommand,
     StreamEvent,
 )
 from tidings.kit.link import Lane, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KINDS, NONZA
-from tidings.xmpp.errors import StreamError
-from tidings.xmpp.parser import parse_stanza
 
 if TYPE_CHECKING:
     from services.router.sessions import Session
@@ -264,14 +265,15 @@ class ConnectorLink:
         except Overflow:
             self.cut_off()
 
-    def command(self, stream: int) -> StreamCommand:
-        """A command for a stream, behind all that was written before; the caller fills it in."""
+    def command(self, stream: int, session: str = "") -> StreamCommand:
+        """A command for a stream, behind all that was written before; the caller fills it in. With stream 0 it is for
+        the copy of a session."""
         try:
             batch = self.outbox.begin_item()
         except Overflow:
             self.cut_off()
             return StreamCommand()
-        return batch.commands.add(stream=stream, position=len(batch.envelopes))
+        return batch.commands.add(stream=stream, session=session, position=len(batch.envelopes))
 
     def close(self, stream: int, condition: str, text: str = "", application: bytes = b"") -> None:
         close = self.command(stream).close
@@ -288,8 +290,7 @@ class ConnectorLink:
         bound.jid = session.jid_text
         bound.reply = reply
         if self._copies:
-            bound.ticket = self._negotiator.copies.ticket(session, self.incarnation)
-            bound.record.CopyFrom(self._negotiator.copies.whole(session, self))
+            self._begin_copy(session, bound)
 
     @property
     def local(self) -> bool:
@@ -317,15 +318,13 @@ class ConnectorLink:
         attached = self.command(number).attached
         attached.SetInParent()
         if self._copies:
-            attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
-            attached.record.CopyFrom(self._negotiator.copies.whole(session, self))
+            self._begin_copy(session, attached)
         self._negotiator.adoption.attached(session)
 
     def reattached(self, session: Session, number: int) -> None:
         """A session that this router has taken over from the connector's copy; `number`: its stream, or 0."""
-        command = self.command(number)
-        command.session = session.id
-        command.attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
+        attached = self.command(number, session.id).attached
+        attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
         session.copied.clear()
         if number:
             stream = self._streams[number] = Negotiation(self, number, Lane(self._spawn))
@@ -365,14 +364,16 @@ class ConnectorLink:
         """The connector there holds the copy of a session that has no stream there, from now on."""
         session.holder = self
         self._held[session.id] = session
-        command = self.command(0)
-        command.session = session.id
-        command.attached.ticket = self._negotiator.copies.ticket(session, self.incarnation)
-        command.attached.record.CopyFrom(self._negotiator.copies.whole(session, self))
+        self._begin_copy(session, self.command(0, session.id).attached)
         for sent in session.inbound.under_way():
             envelope = Envelope(id=sent.id, to_jid=sent.to, stanza=sent.raw)
             envelope.kind = sent.kind  # type: ignore[assignment]
             self.copy_sent(session, envelope)
+
+    def _begin_copy(self, session: Session, message: SessionBound | SessionAttached) -> None:
+        """The connector's copy begins with the session as it is now."""
+        message.ticket = self._negotiator.copies.ticket(session, self.incarnation)
+        message.record.CopyFrom(self._negotiator.copies.whole(session, self))
 
     def copy_sent(self, session: Session, envelope: Envelope) -> asyncio.Future[None]:
         """Copies what a client has sent; done when the connector there has it, or is gone."""
@@ -403,15 +404,11 @@ class ConnectorLink:
         self._held.pop(session.id, None)
         session.copied.pop(self, None)
         if not self.over:
-            command = self.command(0)
-            command.session = session.id
-            command.forget.SetInParent()
+            self.command(0, session.id).forget.SetInParent()
 
     def surrender(self, session: str) -> None:
         """Whoever holds the copy of a session gives it to this router."""
-        command = self.command(0)
-        command.session = session
-        command.surrender.SetInParent()
+        self.command(0, session).surrender.SetInParent()
 
     def progress(self, session: Session) -> None:
         """The copy of a session may be shortened: it is told so with the next batch."""
@@ -430,9 +427,8 @@ class ConnectorLink:
             try:
                 if state is not None:
                     # First: what a stanza has changed must be there when the stanza is kept no longer.
-                    command = self.command(session.stream if session.link is self else 0)
-                    command.session = session.id
-                    command.state.CopyFrom(state)
+                    number = session.stream if session.link is self else 0
+                    self.command(number, session.id).state.CopyFrom(state)
                 inbound = session.inbound
                 self.outbox.begin_item().progress.add(
                     session=session.id, passed=inbound.passed, number=inbound.last_passed,
@@ -479,20 +475,9 @@ def _verified(envelope: Envelope, from_jid: str | None) -> bool:
 
     `from_jid`: the session's, which must be in it; None before there is a session, when it may be any element.
     """
-    try:
-        element = parse_stanza(envelope.stanza)
-    except StreamError:
+    element = fill(envelope)
+    if element is None:
         return False
-    attrs = element.attrs
-    if element.name.startswith("{"):
-        envelope.kind, envelope.type, envelope.id = NONZA, element.name, attrs.get("h", "")
+    if from_jid is None or element.name.startswith("{"):
         return True
-    if from_jid is not None and (element.name not in KINDS or attrs.get("from") != from_jid):
-        return False
-    envelope.kind = KINDS.get(element.name, NONZA)
-    envelope.type = attrs.get("type", "")
-    envelope.id = attrs.get("id", "")
-    envelope.to_jid = attrs.get("to", "")
-    del envelope.children[:]
-    envelope.children.extend(element.children)
-    return True
+    return element.name in KINDS and element.attrs.get("from") == from_jid

@@ -81,19 +81,17 @@ class Copies:
 
     def served(self, session: Session, link: ConnectorLink) -> None:
         """A connector serves the session's stream from now on."""
-        before = session.holder
         if not self.wanted:
             return
-        if not link.local and not self._is_near(link):
-            session.holder = link
-            if before is not None and before is not link:
-                self._let_go(session, before)
-        elif before is not None and before is not link and not self._is_near(before):
+        before = session.holder if session.holder is not link else None
+        suffices = not link.local and not self._is_near(link)
+        if before is not None and not suffices and not self._is_near(before):
             before.hold(session)
-        else:
-            session.holder = None if link.local else link
-            if before is not None and before is not link:
-                self._let_go(session, before)
+            return
+        session.holder = None if link.local else link
+        if before is not None:
+            self._let_go(session, before)
+        if not suffices:
             self.cover(session)
 
     def cover(self, session: Session) -> None:

@@ -179,7 +179,7 @@ class Deliveries:
             for envelope in held:
                 self._put_behind(session, session.behind, envelope)
             session.notes[BEHIND] = b"1"
-            _tell_holder(session)
+            session.changed()
             self.on_behind(session)
         return session.behind
 
@@ -196,7 +196,7 @@ class Deliveries:
         """Nothing waits in the store for a session: it gets what waits behind that, and then all as it comes."""
         behind, session.behind = session.behind, None
         session.notes.pop(BEHIND, None)
-        _tell_holder(session)
+        session.changed()
         self._let_out(session, behind or ())
 
     def _is_stored(self, session: Session, envelope: Envelope) -> bool:
@@ -413,11 +413,6 @@ def _confirms(session: Session) -> bool:
     """Whether its client is known to confirm what it gets. One without XEP-0198 that has never confirmed anything
     perhaps can't: the queue of its socket is its bound."""
     return session.inbound.counts or session.outbound.acknowledged > 0
-
-
-def _tell_holder(session: Session) -> None:
-    if session.holder is not None:
-        session.changed()
 
 
 def _keep(session: Session, queue: deque[Envelope], envelope: Envelope) -> bool:

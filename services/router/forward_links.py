@@ -21,11 +21,10 @@ from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
 from tidings.cluster.node import Node
 from tidings.cluster.strategy import Plan
 from tidings.cluster.view import ClusterView
-from tidings.kit.link import INTERVAL, PATIENT, Gap, Outbox, Overflow
+from tidings.kit.link import INTERVAL, PATIENT, Outbox, Overflow, why_ended
 from tidings.kit.logging import get_logger
 from tidings.kit.module import MESSAGE
-from tidings.kit.rpc_errors import describe, error_detail
-from tidings.kit.tasks import Tasks, is_cancelled
+from tidings.kit.tasks import Tasks
 
 if TYPE_CHECKING:
     from tidings.kit.channel import Channels
@@ -370,22 +369,7 @@ class ForwardLinks:
     async def _keep(self, link: OutgoingLink) -> None:
         node = link.node
         while True:
-            try:
-                await self._forward(link)
-                why = "the call ended"
-            except grpc.RpcError as error:
-                why = describe(error)
-                if error_detail(error) is None:  # else it has answered
-                    self._member.report(node, why)
-            except Gap as error:
-                why = str(error)
-            except asyncio.CancelledError:
-                if is_cancelled():
-                    raise
-                why = "this side has ended the call"
-            except (TimeoutError, OSError) as error:
-                why = str(error) or "no answer"
-                self._member.report(node, why)
+            why, _ = await why_ended(self._forward(link), lambda why: self._member.report(node, why))
             log.debug("forward_link_down", router=node.hostname, reason=why)
             await asyncio.sleep(RETRY)
 

@@ -95,9 +95,7 @@ class RouterApi(RouterServiceServicer):
             # The connector has opened another call, so the one before is dead, whether we have noticed or not.
             before.cancel()
         outbox = link.outbox
-        welcome = AttachWelcome(
-            router_incarnation=self._incarnation, resume_after=outbox.received, fresh=fresh
-        )  # fmt: skip
+        welcome = AttachWelcome(router_incarnation=self._incarnation, resume_after=outbox.received, fresh=fresh)
         writers = Tasks()
         log.debug("connector_attached", connector=caller.name, incarnation=incarnation)
         try:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from services.router.adoption import tell
 from services.router.authentication import Authentication, Exchange, Success
 from services.router.hand_over import MAX_MOVES
 from services.router.sessions import Session, Sessions, new_id
@@ -339,16 +340,7 @@ class Negotiator:
         self.hand_over.place(session)
         if self._hooks.session_started:
             # What it sends from now on waits for this, also what it has sent ahead.
-            session.lane.run(self._started, session)
-
-    async def _started(self, session: Session) -> None:
-        for handler in self._hooks.session_started:
-            try:
-                result = handler(session)
-                if result is not None:
-                    await result
-            except Exception:
-                log.exception("session_start_failed", session=session.id)
+            session.lane.run(tell, self._hooks.session_started, session)
 
     def bind_abandoned(self, stream: Negotiation) -> Awaitable[None] | None:
         """The stream closed while a bind request may have waited in its lane."""

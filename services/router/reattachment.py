@@ -11,21 +11,20 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.router.adoption import tell
 from services.router.deliveries import is_tracked
 from services.router.hand_over import MAX_MOVES
+from services.router.routing_fields import fill
 from services.router.session_record import session_of
 from services.router.sessions import Session, Sessions
 from services.router.store import SessionRow, SessionTable
 from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
-from tidings.kit.module import KINDS, MESSAGE, Hooks
-from tidings.xmpp.errors import StreamError
+from tidings.kit.module import MESSAGE, Hooks
 from tidings.xmpp.jid import Jid, JidError
-from tidings.xmpp.parser import parse_stanza
 
 if TYPE_CHECKING:
     from services.router.acknowledgements import Acknowledgements
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from tidings.api.router.v1.router_pb2 import SessionAttach
 
 log = get_logger("cluster")
+
+T = TypeVar("T")
 
 # Seconds between two tries while the database is away; then the client waits too.
 RETRY = 0.5
@@ -107,9 +108,8 @@ class Reattachment:
         node = self._hand_over.target(ticket.account) if attach.moves < MAX_MOVES and not wanted else None
         if node is not None and not self._was_asked(node.incarnation, attach):
             # Its account's other sessions will be there.
-            command = link.command(stream)
-            command.session = record.id
-            command.moved.router_incarnation, command.moved.ticket = node.incarnation, attach.ticket
+            moved = link.command(stream, record.id).moved
+            moved.router_incarnation, moved.ticket = node.incarnation, attach.ticket
             return
         async with self._slots:
             session = await self._taken(link, stream, attach, jid)
@@ -128,10 +128,8 @@ class Reattachment:
     def _refuse(self, link: ConnectorLink, stream: int, record: SessionRecord, why: str) -> None:
         self.refused += 1
         log.info("session_not_taken", connector=link.name, session=record.id, reason=why)
-        command = link.command(stream)
-        command.session = record.id
-        command.close.condition = "system-shutdown"
-        command.close.text = "the session is no longer there; please connect again"
+        close = link.command(stream, record.id).close
+        close.condition, close.text = "system-shutdown", "the session is no longer there; please connect again"
 
     async def _taken(self, link: ConnectorLink, stream: int, attach: SessionAttach, jid: Jid) -> Session | None:
         record = attach.record
@@ -141,13 +139,8 @@ class Reattachment:
         record.epoch = row.epoch
         session = session_of(record, stream, self._spawn, doubtful=True)
         session.connector = link.incarnation
-        while True:
-            try:
-                if not await self._binding.adopt(jid, session.id, row.epoch, row.router):
-                    return None
-                break
-            except DatabaseAway:
-                await asyncio.sleep(RETRY)
+        if not await _patiently(lambda: self._binding.adopt(jid, session.id, row.epoch, row.router)):
+            return None
         for gone in (self._sessions.get(session.id), self._sessions.of(session.account).get(jid.resource)):
             if gone is not None:
                 # Its row was taken from it without our noticing.
@@ -159,13 +152,7 @@ class Reattachment:
         """The session's row, if it is as the connector knows it: still its router's, or one's that it has asked
         since and that is gone too. A copy that has grown old finds another one."""
         record = attach.record
-        while True:
-            try:
-                rows = await self._table.of_account(jid.bare)
-                break
-            except DatabaseAway:
-                await asyncio.sleep(RETRY)
-        for row in rows:
+        for row in await _patiently(lambda: self._table.of_account(jid.bare)):
             if row.session == record.id and row.jid == jid:
                 as_known = (row.router, row.epoch) == (attach.router_incarnation, record.epoch)
                 asked = row.router in attach.asked_incarnations and row.epoch == record.epoch + 1
@@ -203,8 +190,11 @@ class Reattachment:
             if isinstance(what, bytes):
                 queue.append((number, what))
                 continue
-            if not what.children and not _fill(what):
-                continue
+            if not what.children:
+                element = fill(what)
+                if element is None:
+                    continue
+                what.from_jid = element.attrs.get("from", "")
             if what.kind == MESSAGE and what.number and self._safety.memory:
                 # Its sender was told that two have it; this is one of them.
                 self._safety.given(what, session.jid.bare, session.id)
@@ -234,18 +224,13 @@ def _is_for(ticket: Ticket, record: SessionRecord, jid: Jid) -> bool:
     return bool(ticket.session) and (ticket.session, ticket.account) == (record.id, jid.bare_text)
 
 
-def _fill(envelope: Envelope) -> bool:
-    """Puts the routing fields of a stanza's bytes into its envelope."""
-    try:
-        element = parse_stanza(envelope.stanza)
-    except StreamError:
-        return False
-    attrs = element.attrs
-    envelope.kind = KINDS[element.name]
-    envelope.type, envelope.id = attrs.get("type", ""), attrs.get("id", "")
-    envelope.from_jid, envelope.to_jid = attrs.get("from", ""), attrs.get("to", "")
-    envelope.children.extend(element.children)
-    return True
+async def _patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Asks the database until it answers: the client waits meanwhile."""
+    while True:
+        try:
+            return await ask()
+        except DatabaseAway:
+            await asyncio.sleep(RETRY)
 
 
 async def _nothing(_session: Session) -> None: ...

@@ -76,7 +76,7 @@ class Routing:
         self._links = links
         self._spawn = spawn
         self.deliveries = Deliveries(sessions)
-        safety.on_confirmed = self.deliveries.confirmed
+        safety.on_confirmed.append(self.deliveries.confirmed)
         self.endings = Endings(hooks, self.step, spawn)
         self.notes = Notes(hooks, self.step)
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`

@@ -63,7 +63,7 @@ class Safety:
         # Told of a session when more of what it sent is safe.
         self.on_safe: Callable[[Session], None] = lambda _session: None
         # Told of a session whose client has confirmed something.
-        self.on_confirmed: Callable[[Session], None] = lambda _session: None
+        self.on_confirmed: list[Callable[[Session], None]] = []
         # Bytes of messages that other routers have and have not said to be safe.
         self.waiting_elsewhere: Callable[[], int] = lambda: 0
         # What ends the waiting of sessions that send nothing until the database has caught up.
@@ -233,7 +233,8 @@ class Safety:
         if kept:
             self._messages.delivered(account, kept)
         if what:
-            self.on_confirmed(session)
+            for told in self.on_confirmed:
+                told(session)
 
     # --- back-pressure ---
 

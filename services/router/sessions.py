@@ -108,10 +108,11 @@ class Session:
         self.fresh = True
 
     def changed(self) -> None:
-        """Its copies are to follow."""
+        """Its copies, if there are any, are to follow."""
         holder, link = self.holder, self.link
-        if holder is not None:
-            holder.progress(self)
+        if holder is None:
+            return
+        holder.progress(self)
         if link is not None and link is not holder:
             link.progress(self)
 

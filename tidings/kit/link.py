@@ -17,6 +17,8 @@ import grpc
 
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.logging import get_logger
+from tidings.kit.rpc_errors import describe, error_detail
+from tidings.kit.tasks import is_cancelled
 
 log = get_logger("server")
 
@@ -214,8 +216,7 @@ class Outbox(Generic[B]):
 
     def _confirm_now(self) -> None:
         self._confirming = None
-        self._confirm = True
-        self._wake()
+        self.confirm_at_once()
 
     def confirmed(self, through: int) -> None:
         """The peer has taken all batches up to this number."""
@@ -329,6 +330,29 @@ class Outbox(Generic[B]):
         except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
             return False
         return True
+
+
+async def why_ended(call: Awaitable[None], report: Callable[[str], Any]) -> tuple[str, bool]:
+    """Carries out one call of a link: why it ended, for people, and whether its peer has said so. `report` is told
+    when the peer has not answered: it may be gone."""
+    try:
+        await call
+    except grpc.RpcError as error:
+        why, answered = describe(error), error_detail(error) is not None
+        if not answered:
+            report(why)
+        return why, answered
+    except Gap as error:
+        return str(error), False
+    except (TimeoutError, OSError) as error:
+        why = str(error) or "no answer"
+        report(why)
+        return why, False
+    except asyncio.CancelledError:
+        if is_cancelled():
+            raise
+        return "this side has ended the call", False
+    return "the call ended", False
 
 
 def in_order(envelopes: Any, items: Any) -> Iterator[Envelope | Any]:

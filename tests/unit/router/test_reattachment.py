@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,18 @@ import pytest
 from tests.unit.router.nodes import HOST, Client, Nodes, at_home, running, soon
 
 SM = "urn:xmpp:sm:3"
+
+
+@asynccontextmanager
+async def pair(folder: Path) -> AsyncIterator[tuple[Nodes, Client, Client]]:
+    """Romeo, at home at router a, and Juliet, at home at b."""
+    async with running(folder, "a", "b") as nodes:
+        await nodes.up("a", "b")
+        yield (
+            nodes,
+            await nodes.client(at_home("romeo", ab="a"), "a"),
+            await nodes.client(at_home("juliet", ab="b"), "b"),
+        )
 
 
 async def killed(nodes: Nodes, name: str, *clients: Client) -> None:
@@ -25,33 +39,30 @@ def h_of(client: Client) -> list[int]:
 @pytest.mark.parametrize("manages", [True, False], ids=["0198", "plain"])
 async def test_a_session_goes_on_when_its_router_has_died(tmp_path: Path, manages: bool) -> None:
     """Its client notices a pause, and nobody else anything: not its contacts, who see no presence."""
-    romeo_name, juliet_name = at_home("romeo", ab="a"), at_home("juliet", ab="b")
-    async with running(tmp_path, "a", "b") as nodes:
-        await nodes.up("a", "b")
-        romeo, juliet = await nodes.client(romeo_name, "a"), await nodes.client(juliet_name, "b")
-        await nodes.is_at("a", romeo_name)
-        await nodes.is_at("b", juliet_name)
+    async with pair(tmp_path) as (nodes, romeo, juliet):
+        await nodes.is_at("a", romeo.name)
+        await nodes.is_at("b", juliet.name)
         for one, other in ((romeo, juliet), (juliet, romeo)):
             one.send(f"<presence to='{other.name}@{HOST}/r'/>")
-        await romeo.until(f"{juliet_name}@{HOST}/r")
-        await juliet.until(f"{romeo_name}@{HOST}/r")
+        await romeo.until(f"{juliet.name}@{HOST}/r")
+        await juliet.until(f"{romeo.name}@{HOST}/r")
         if manages:
             romeo.send(f"<enable xmlns='{SM}' resume='true'/>")
             await romeo.until("<enabled")
-        romeo.say(f"{juliet_name}@{HOST}/r", 1)
-        juliet.say(f"{romeo_name}@{HOST}", 2)
+        romeo.say(f"{juliet.name}@{HOST}/r", 1)
+        juliet.say(f"{romeo.name}@{HOST}", 2)
         await juliet.until("<body>1</body>")
         await romeo.until("<body>2</body>")
         await killed(nodes, "a", romeo, juliet)
-        romeo.say(f"{juliet_name}@{HOST}/r", 3)
-        await nodes.is_at("b", romeo_name)
+        romeo.say(f"{juliet.name}@{HOST}/r", 3)
+        await nodes.is_at("b", romeo.name)
         await juliet.until("<body>3</body>")
-        juliet.say(f"{romeo_name}@{HOST}/r", 4)
+        juliet.say(f"{romeo.name}@{HOST}/r", 4)
         await romeo.until("<body>4</body>")
         assert not romeo.closed
         assert (romeo.numbers(), juliet.numbers()) == ([4], [3])
         assert "<presence" not in juliet.written
-        ((row),) = await nodes.rows(romeo_name)
+        ((row),) = await nodes.rows(romeo.name)
         assert (row.router, row.epoch) == ("b", 2)
         if manages:
             romeo.send(f"<r xmlns='{SM}'/>")
@@ -62,14 +73,11 @@ async def test_a_session_goes_on_when_its_router_has_died(tmp_path: Path, manage
 async def test_what_a_client_sent_and_its_dead_router_may_not_have_passed_on_is_passed_on_once(
     tmp_path: Path,
 ) -> None:
-    romeo_name, juliet_name = at_home("romeo", ab="a"), at_home("juliet", ab="b")
-    async with running(tmp_path, "a", "b") as nodes:
-        await nodes.up("a", "b")
-        romeo, juliet = await nodes.client(romeo_name, "a"), await nodes.client(juliet_name, "b")
+    async with pair(tmp_path) as (nodes, romeo, juliet):
         romeo.send(f"<enable xmlns='{SM}' resume='true'/>")
         await romeo.until("<enabled")
         for number in range(1, 51):
-            romeo.say(f"{juliet_name}@{HOST}{'/r' if number % 2 else ''}", number)
+            romeo.say(f"{juliet.name}@{HOST}{'/r' if number % 2 else ''}", number)
             if number == 25:
                 await juliet.until("<body>3</body>")
         juliet_had = juliet.numbers()
@@ -82,39 +90,33 @@ async def test_what_a_client_sent_and_its_dead_router_may_not_have_passed_on_is_
 
 async def test_what_a_dead_router_had_stored_and_not_delivered_comes_first(tmp_path: Path) -> None:
     """Juliet's router dies while Romeo writes; each message comes once, in order."""
-    romeo_name, juliet_name = at_home("romeo", ab="a"), at_home("juliet", ab="b")
-    async with running(tmp_path, "a", "b") as nodes:
-        await nodes.up("a", "b")
-        romeo, juliet = await nodes.client(romeo_name, "a"), await nodes.client(juliet_name, "b")
+    async with pair(tmp_path) as (nodes, romeo, juliet):
         for number in range(1, 41):
-            romeo.say(f"{juliet_name}@{HOST}{'/r' if number % 2 else ''}", number)
+            romeo.say(f"{juliet.name}@{HOST}{'/r' if number % 2 else ''}", number)
             if number == 20:
                 await juliet.until("<body>3</body>")
         await nodes.kill("b")
         for number in range(41, 61):
-            romeo.say(f"{juliet_name}@{HOST}{'/r' if number % 2 else ''}", number)
+            romeo.say(f"{juliet.name}@{HOST}{'/r' if number % 2 else ''}", number)
         await juliet.until("<body>60</body>")
         assert juliet.numbers() == list(range(1, 61))
 
 
 async def test_a_session_that_waits_for_its_client_goes_on_waiting_elsewhere(tmp_path: Path) -> None:
-    romeo_name, juliet_name = at_home("romeo", ab="a"), at_home("juliet", ab="b")
-    async with running(tmp_path, "a", "b") as nodes:
-        await nodes.up("a", "b")
-        romeo, juliet = await nodes.client(romeo_name, "a"), await nodes.client(juliet_name, "b")
+    async with pair(tmp_path) as (nodes, romeo, juliet):
         romeo.send(f"<enable xmlns='{SM}' resume='true'/>")
         await romeo.until("<enabled")
         previous = re.findall("<enabled[^>]* id=[\"']([^\"']+)", romeo.written)[0]
-        juliet.say(f"{romeo_name}@{HOST}/r", 1)
+        juliet.say(f"{romeo.name}@{HOST}/r", 1)
         await romeo.until("<body>1</body>")
         romeo.disconnect()
-        await soon(lambda: nodes.session("a", romeo_name).waits is not None, "it waits")  # type: ignore[union-attr]
-        juliet.say(f"{romeo_name}@{HOST}/r", 2)
-        await soon(lambda: len(nodes.session("a", romeo_name).outbound.queue) == 2, "it gets more")  # type: ignore[union-attr]
+        await soon(lambda: nodes.session("a", romeo.name).waits is not None, "it waits")  # type: ignore[union-attr]
+        juliet.say(f"{romeo.name}@{HOST}/r", 2)
+        await soon(lambda: len(nodes.session("a", romeo.name).outbound.queue) == 2, "it gets more")  # type: ignore[union-attr]
         await killed(nodes, "a", juliet)
-        await nodes.is_at("b", romeo_name)
-        juliet.say(f"{romeo_name}@{HOST}/r", 3)
-        again = Client(nodes, romeo_name)
+        await nodes.is_at("b", romeo.name)
+        juliet.say(f"{romeo.name}@{HOST}/r", 3)
+        again = Client(nodes, romeo.name)
         await again.open("<mechanisms")
         await again.authenticate()
         await again.open("<bind")
@@ -127,14 +129,11 @@ async def test_a_session_that_waits_for_its_client_goes_on_waiting_elsewhere(tmp
 
 async def test_a_copy_that_has_grown_old_is_refused(tmp_path: Path) -> None:
     """A connector that was cut off brings a session that has gone on elsewhere since: the epoch tells."""
-    romeo_name = at_home("romeo", ab="a")
-    async with running(tmp_path, "a", "b") as nodes:
-        await nodes.up("a", "b")
-        romeo = await nodes.client(romeo_name, "a")
-        session = nodes.session("a", romeo_name)
+    async with pair(tmp_path) as (nodes, romeo, _):
+        session = nodes.session("a", romeo.name)
         assert session is not None
-        await nodes.table.move((await nodes.rows(romeo_name))[0], "elsewhere")
+        await nodes.table.move((await nodes.rows(romeo.name))[0], "elsewhere")
         await killed(nodes, "a", romeo)
         await soon(lambda: romeo.closed, "its stream is closed")
         assert "system-shutdown" in romeo.written
-        assert (await nodes.rows(romeo_name))[0].router == "elsewhere"
+        assert (await nodes.rows(romeo.name))[0].router == "elsewhere"
