@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -75,6 +75,8 @@ class Deliveries:
         # are no more (`caught_up`). And called when the client of such a session has confirmed something.
         self.on_behind: Callable[[Session], None] = lambda _session: None
         self.on_confirmed: Callable[[Session], None] = lambda _session: None
+        # Called with the id of a message that a session gets again and has confirmed.
+        self.on_again: Callable[[Session, bytes], None] = lambda _session, _id: None
         # Total, for metrics.
         self.delivered = 0
 
@@ -92,6 +94,18 @@ class Deliveries:
             _keep(session, session.held, envelope)
         elif self._is_new(session, envelope):
             self._give(session, envelope)
+        elif envelope.kind == MESSAGE and envelope.to_jid == session.jid_text:
+            self._comes_again(session, envelope)
+
+    def _comes_again(self, session: Session, envelope: Envelope) -> None:
+        """A message for a session alone comes again, by another way: a router that had it has died. If the client has
+        confirmed it, it waits for nobody: what was just written says that it does."""
+        id_ = self.kept_as(envelope, session.jid.bare)
+        name = envelope.origin, envelope.number
+        if id_ is not None and not any(
+            what == id_ if isinstance(what, bytes) else (what.origin, what.number) == name for what in _given(session)
+        ):
+            self.on_again(session, id_)
 
     def is_copied(self, session: Session) -> bool:
         """Whether a message for a session goes to its stream now, and another process gets it before the stream."""
@@ -238,9 +252,7 @@ class Deliveries:
         the others find no room."""
         done = 0
         account = session.jid.bare
-        withheld = (session.withheld or {}).values()
-        has = (what for _, what in chain(session.outbound.queue, *withheld))
-        had = {self.kept_as(what, account) if isinstance(what, Envelope) else what for what in has}
+        had = {self.kept_as(what, account) if isinstance(what, Envelope) else what for what in _given(session)}
         for envelope, id_, given in page:
             if session.outbound.bytes >= WINDOW_BYTES and _confirms(session):
                 break
@@ -437,6 +449,11 @@ def _is_long(queue: deque[Envelope], most: int, most_bytes: int) -> bool:
     if count >= most:
         return True
     return count > 0 and count % WEIGHED == 0 and sum(len(one.stanza) for one in queue) >= most_bytes
+
+
+def _given(session: Session) -> Iterator[Envelope | bytes]:
+    """What a session was given, or is about to be, and has not confirmed."""
+    return (what for _, what in chain(session.outbound.queue, *(session.withheld or {}).values()))
 
 
 def own_copy(envelope: Envelope) -> Envelope:

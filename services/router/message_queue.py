@@ -21,6 +21,9 @@ log = get_logger("database")
 # What counts for a message besides its stanza, and for a mark: about what they take in memory.
 MESSAGE_BYTES = 1200
 MARK_BYTES = 50
+# Marks that are remembered when they are written: of more, the oldest are forgotten. A message may come here behind
+# its mark, when the router that had taken it before has died.
+MAX_REMEMBERED = 50_000
 
 
 class Waiting:
@@ -48,6 +51,7 @@ class WriteQueue:
     def __init__(self) -> None:
         self._messages: OrderedDict[Waiting, None] = OrderedDict()
         self._marks: dict[bytes, None] = {}
+        self._remembered: OrderedDict[bytes, None] = OrderedDict()
         # The group that is being written.
         self._under_way: list[Waiting] = []
         self._marks_under_way: list[bytes] = []
@@ -77,6 +81,8 @@ class WriteQueue:
 
     def put(self, message: Message, done: Done, since: float, urgent: bool = False) -> None:
         """`urgent`: who waits wants to be told by `give_up_urgent`."""
+        if message.pending and message.id in self._remembered:
+            message = message._replace(pending=False)
         if not message.pending and not message.archived:
             done(None)
             return
@@ -137,6 +143,10 @@ class WriteQueue:
         self._under_way, self._marks_under_way = [], []
         self.waiting_bytes -= MARK_BYTES * len(marks)
         self.marks_written += len(marks)
+        for acknowledged in marks:
+            self._remembered[acknowledged] = None
+        while len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
         for waiting in group:
             self._settle(waiting, None)
 

@@ -77,6 +77,7 @@ class Routing:
         self._spawn = spawn
         self.deliveries = Deliveries(sessions)
         safety.on_confirmed.append(self.deliveries.confirmed)
+        self.deliveries.on_again = lambda session, id_: safety.acknowledged(session, [id_])
         self.endings = Endings(hooks, self.step, spawn)
         self.notes = Notes(hooks, self.step)
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`

@@ -238,6 +238,24 @@ async def test_a_silent_client_is_pinged_once(router: MemoryRouter) -> None:
     assert [jid for jid, _ in router.link.pings] == [juliet.jid_text]
 
 
+async def test_a_message_that_comes_again_when_it_was_confirmed_waits_for_nobody(router: MemoryRouter) -> None:
+    """The router that had taken it died before it was stored; its sender's router has sent it again."""
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    nonza(router, juliet, ENABLE, resume="true")
+    sent = message("1", juliet.jid_text)
+    await router.send(romeo, sent)
+    again = Envelope.FromString(sent.SerializeToString())
+    for h, waits in (("", 1), ("1", 0)):
+        if h:
+            nonza(router, juliet, ACK, h)
+        await until(lambda: not store_of(router).waiting_bytes)
+        store_of(router)._queue._remembered.clear()  # as if another router had seen the confirmation
+        assert router.routing.route(again) is None
+        await until(lambda: not store_of(router).waiting_bytes)
+        assert await router.stores.messages.pending_count(JULIET) == waits
+    assert len(router.link.of(juliet)) == 1
+
+
 async def test_who_is_about_to_be_sent_away_gets_a_moment_to_confirm_what_it_got(router: MemoryRouter) -> None:
     """So an orderly restart offers nothing twice."""
     romeo, juliet = await router.session("romeo"), await router.session("juliet")
