@@ -71,12 +71,13 @@ class Copies:
         """Does what a router says of a session without a stream."""
         session, which = command.session, command.WhichOneof("command")
         if which == "surrender":
-            self._surrender(link, session)
+            self._surrender(link, session, command.surrender.router_incarnation)
             return
         copy = self._copies.get(session)
         if which == "attached" and command.attached.HasField("record"):
             copy = self._copies[session] = SessionCopy(link.node.incarnation)
             copy.begin(command.attached.record, command.attached.ticket)
+            self._brought.pop(session, None)  # what is answered to the one before is not for this one
         elif copy is None:
             return
         elif which == "attached":
@@ -109,14 +110,15 @@ class Copies:
         if self._copies.get(session) is copy and copy.router == gone:
             await self._bring(session, copy, gone, "", 0)
 
-    def _surrender(self, link: RouterLink, session: str) -> None:
+    def _surrender(self, link: RouterLink, session: str, router: str) -> None:
+        """`router`: the one that does not answer. What another one has taken over by now stays there."""
         copy, stream = self._copies.get(session), self._streams.by_session.get(session)
-        if copy is not None and copy.router != link.node.incarnation:
+        if copy is not None and copy.router == router:
             if (silent := self._streams.link_now(copy.router)) is not None:
                 # When it wakes it must not go on with the session.
                 silent.event(0).surrendered.session = session
             self._attach(link, session, copy, 0)
-        elif stream is not None and stream.link is not link:
+        elif stream is not None and stream.link is not None and stream.link.node.incarnation == router:
             stream.surrender(link)
 
     async def _bring(self, session: str, copy: SessionCopy, gone: str, to: str, moves: int) -> None:

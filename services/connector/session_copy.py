@@ -170,6 +170,8 @@ class SessionCopy:
         record, number, kind = self.record, envelope.number, envelope.kind
         if record is None:
             return
+        if self._delivered and envelope.delivery <= self._delivered[-1].delivery:
+            return  # it is sent again, to a stream that has resumed
         record.sent = envelope.delivery
         if number:
             taken, origin = self._taken, envelope.origin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from services.router import delivery
@@ -68,6 +69,8 @@ class AccountDelivery:
         self.others: frozenset[str] = frozenset()
         # Some router hands its sessions to others.
         self._draining = False
+        # False while sessions of an account may be at a router that has died (orphans.py).
+        self.is_settled: Callable[[str], bool] = lambda _account: True
 
     def start(self, strategy: Strategy, forwarder: Forwarder) -> None:
         self._strategy = strategy
@@ -127,6 +130,20 @@ class AccountDelivery:
             self._deliveries.to_session(receiver, envelope)
         return bool(present)
 
+    def when_arrived(self, item: Item) -> Pending:
+        """Of an item that no session here has taken: one of them may be arriving. Its router was told that it is."""
+        return None if self._sessions.arrival(item.account) is None else self._taken_when_arrived(item)
+
+    async def _taken_when_arrived(self, item: Item) -> None:
+        await self._arrived(item.account)
+        item.taken = self.to_sessions_here(item.payload, item)
+
+    async def _arrived(self, account: str) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTLED):
+                while (arrival := self._sessions.arrival(account)) is not None:
+                    await arrival.wait()
+
     @staticmethod
     def _comes_late(envelope: Envelope, item: Item, present: Sequence[Session]) -> bool:
         """Whether a message that was for another resource, which is gone, comes behind later ones of its sender: its
@@ -155,13 +172,15 @@ class AccountDelivery:
 
     def _may_move(self, account: str) -> bool:
         """Whether sessions of an account may be on their way to another router."""
-        return self._draining or bool(self._strategy.keeper(account))
+        return self._draining or bool(self._strategy.keeper(account)) or not self.is_settled(account)
 
     def absent(self, item: Item) -> Pending:
         """Nobody takes it, as far as the strategy knows. Where other routers are, the table has the last word; for
-        presence only when the strategy was wrong: a session may just have moved."""
+        presence only when the strategy was wrong, or a router has died: a session may just have moved, or will."""
         if item.missed and self.to_sessions_here(item.payload, item):
             return None  # it came here while the others were asked
+        if item.missed < TABLE_ASKED and not self.is_settled(item.account):
+            return self._ask_table(item)
         if self.others and item.missed < TABLE_ASKED and (item.missed or item.payload.kind != PRESENCE):
             return self._ask_table(item)
         return self._nobody(item)
@@ -181,8 +200,10 @@ class AccountDelivery:
                 item.missed = TABLE_ASKED
                 self._forwarder.copies(item, Plan(nodes=elsewhere), False)
                 return
-            if self._own in nodes and self.to_sessions_here(item.payload, item):
-                return
+            if self._own in nodes:
+                await self._arrived(item.account)
+                if self.to_sessions_here(item.payload, item):
+                    return
             pending = self._nobody(item)
             if pending is not None:
                 await pending

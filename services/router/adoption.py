@@ -125,17 +125,20 @@ class Adoption:
             raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "this router drains")
         try:
             session = session_of(record, request.stream, self._spawn)
-            if not await self._binding.adopt(session.jid, session.id, record.epoch, giver):
-                raise TidingsError(ErrorReason.ERROR_REASON_STALE_EPOCH, f"{record.jid} is not the caller's any more")
         except JidError as error:
             raise TidingsError(ErrorReason.ERROR_REASON_BAD_REQUEST, str(error)) from None
-        except DatabaseAway:
-            raise TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer") from None
-        for gone in (present, self._sessions.of(session.account).get(session.jid.resource)):
-            if gone is not None:
-                # Its row was taken from it without our noticing.
-                await self.dismiss(gone)
-        self._arrives(session, request, giver)
+        with self._sessions.arriving(session.account):
+            try:
+                adopted = await self._binding.adopt(session.jid, session.id, record.epoch, giver)
+            except DatabaseAway:
+                raise TidingsError(ErrorReason.ERROR_REASON_DATABASE_AWAY, "the database does not answer") from None
+            if not adopted:
+                raise TidingsError(ErrorReason.ERROR_REASON_STALE_EPOCH, f"{record.jid} is not the caller's any more")
+            for gone in (present, self._sessions.of(session.account).get(session.jid.resource)):
+                if gone is not None:
+                    # Its row was taken from it without our noticing.
+                    await self.dismiss(gone)
+            self._arrives(session, request, giver)
         return session
 
     def _arrives(self, session: Session, request: AdoptSessionRequest, giver: str) -> None:

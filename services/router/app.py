@@ -35,6 +35,7 @@ from services.router.sessions import Session, Sessions
 from services.router.store import AccountStore, RosterStore
 from services.router.store_sql import SqlAccountStore, SqlRosterStore
 from services.router.store_sql_sessions import SqlSessionTable
+from services.router.stranded import Stranded
 from services.router.tickets import Tickets
 from tidings.api.component.v1 import component_pb2
 from tidings.api.component.v1.component_pb2_grpc import add_ComponentServiceServicer_to_server
@@ -115,11 +116,13 @@ class Router:
 
         self._tickets = Tickets()
         self._orphans = Orphans(own, table, routing, tasks.spawn, context.member, context.channels)
+        routing.settle_by(self._orphans)
         self._peers = peers = Peers(context.channels, tasks.spawn)
         self._binding = Binding(own, sessions, table, self._orphans, context.member, peers, tasks.spawn)
         self._adoption = Adoption(sessions, self._binding, routing, self._tickets, hooks, tasks.spawn)
         self._hand_over = HandOver(own, sessions, self._binding, routing, hooks, peers, tasks.spawn)
         self._news = ClusterNews(sessions, routing.deliveries, lambda: _admins(options))
+        self._stranded = Stranded(sessions, routing.deliveries, tasks.spawn)
         iterations = _per_host_iterations(options)
         authentication = Authentication(self._accounts, iterations, lambda: bool(options["c2s-allow-plaintext"]))
         self._acknowledgements = Acknowledgements(
@@ -145,6 +148,7 @@ class Router:
             copies, peers.answered, tasks.spawn,
         )  # fmt: skip
         safety.on_confirmed.append(copies.confirmed)
+        routing.deliveries.is_far = lambda link: not copies.is_near(link)
         self._acknowledgements.cover = resumption.cover = copies.cover
         self._reattachment = negotiator.reattachment = Reattachment(
             own, sessions, table, self._binding, routing, safety, self._acknowledgements, self._tickets,
@@ -178,6 +182,7 @@ class Router:
         )
         module_loader.load([*module_loader.installed(), components.module], hooks, router, options, context.metrics)
         hooks.presence_changed.append(self._binding.presence_changed)
+        hooks.directed_changed.append(self._binding.directed_changed)
 
         self._api = RouterApi(
             own, negotiator, sessions, self._links, self._adoption, self._binding, tasks.spawn, lambda: self._serving
@@ -267,6 +272,7 @@ class Router:
         self._tasks.spawn(self._binding.tidy(), "router: rows without session")
         self._tasks.spawn(self._orphans.run(), "router: sessions without router")
         self._tasks.spawn(self._give_up_waiting(), "router: stanzas that came by a newer view")
+        self._tasks.spawn(self._links.watch(), "router: what others have taken and not made safe")
         self._member.on_change(self._view_changed)
         self._view_changed(self._member.view)
         self._tasks.spawn(self._serve_when_known(), "router: until the others know it")
@@ -297,6 +303,7 @@ class Router:
         self._orphans.view_changed(view)
         self._api.view_changed(view)
         self._news.view_changed(view)
+        self._stranded.view_changed(view)
 
     async def _give_up_waiting(self) -> None:
         while True:

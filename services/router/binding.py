@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.router.peers import Failed, Peers
 from services.router.sessions import Session, Sessions
-from services.router.store import SessionRow, SessionTable
+from services.router.store import DirectedChange, SessionRow, SessionTable
 from tidings.api.router.v1.router_pb2 import EndSessionRequest
 from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
@@ -38,6 +38,8 @@ RETRY = 1.0
 SILENT = 5.0
 # Seconds in which changes of availability are collected.
 COLLECT = 0.1
+# Changes of one session's directed presence that are collected one by one; beyond it, all of it is written anew.
+MOST_CHANGES = 1000
 # Seconds between two looks for rows of this router without a session; they go when they were seen twice.
 SWEEP = 10.0
 
@@ -64,6 +66,8 @@ class Binding:
         self._spawn = spawn
         # What is to be written of availability: by session, under which epoch.
         self._seen: dict[str, tuple[Jid, int, bool]] = {}
+        # And of directed presence: by session, the receivers of which that has changed; None: all is written anew.
+        self._directed: dict[str, tuple[Session, set[str] | None]] = {}
         # Sessions whose rows come or go just now.
         self._unsettled: set[str] = set()
 
@@ -143,6 +147,7 @@ class Binding:
             return False
         session.epoch += 1
         self._note(session, session.seen_available)
+        self._note_directed(session)
         session.changed()
         return True
 
@@ -168,6 +173,7 @@ class Binding:
         """Removes the row of a session that ends; False when it is another router's by now, or will be: this one was
         put out, and the others end its sessions."""
         self._seen.pop(session.id, None)
+        self._directed.pop(session.id, None)
         if self._is_put_out():
             return False
         self._unsettled.add(session.id)
@@ -251,16 +257,45 @@ class Binding:
     def adopted(self, session: Session) -> None:
         """What the row says of a session that was taken over is not known here: it is written anew."""
         self._note(session, session.presence is not None)
+        self._note_directed(session)
+
+    # --- whom it has sent presence directly ---
+
+    def directed_changed(self, session: Any, receiver: str) -> None:
+        """Notes that a receiver has come or gone (''; all of them), for whoever must tell them of its end."""
+        _, changed = self._directed.get(session.id, (session, set[str]()))
+        if changed is not None and receiver and len(changed) < MOST_CHANGES:
+            changed.add(receiver)
+        else:
+            changed = None
+        self._directed[session.id] = session, changed
+
+    def _note_directed(self, session: Session) -> None:
+        """What was noted under the epoch before may not be written."""
+        if session.directed:
+            self.directed_changed(session, "")
 
     async def run(self) -> None:
         """Writes what was noted, in groups."""
         while True:
             await asyncio.sleep(COLLECT)
             seen, self._seen = self._seen, {}
-            if not seen:
-                continue
+            directed, self._directed = self._directed, {}
             try:
-                await self._table.set_available([(jid, id_, epoch, to) for id_, (jid, epoch, to) in seen.items()])
+                if seen:
+                    changes = [(jid, id_, epoch, to) for id_, (jid, epoch, to) in seen.items()]
+                    await self._table.set_available(changes)
+                if directed:
+                    await self._table.set_directed([_directed_change(*noted) for noted in directed.values()])
             except DatabaseAway:
                 self._seen = {**seen, **self._seen}
+                for session, changed in directed.values():
+                    for receiver in [""] if changed is None else changed:
+                        self.directed_changed(session, receiver)
                 await asyncio.sleep(RETRY)
+
+
+def _directed_change(session: Session, changed: set[str] | None) -> DirectedChange:
+    added = session.directed if changed is None else changed & session.directed
+    removed = None if changed is None else changed - session.directed
+    return DirectedChange(session.jid, session.id, session.epoch, frozenset(added), removed)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from services.router.deliveries import own_copy
+from services.router.held import own_copy
 from services.router.negotiation import Negotiation, Negotiator
 from services.router.routing_fields import fill
+from services.router.sessions import when_copied
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import (
     AttachRequest,
@@ -387,7 +388,7 @@ class ConnectorLink:
             copied.set_result(None)
             self.cut_off()
         else:
-            self.when_copied(partial(_done, copied))
+            when_copied(session, self, partial(_done, copied))
         return copied
 
     def when_copied(self, then: Callable[[], None]) -> None:
@@ -406,9 +407,9 @@ class ConnectorLink:
         if not self.over:
             self.command(0, session.id).forget.SetInParent()
 
-    def surrender(self, session: str) -> None:
-        """Whoever holds the copy of a session gives it to this router."""
-        self.command(0, session).surrender.SetInParent()
+    def surrender(self, session: str, router: str) -> None:
+        """Whoever holds the copy of a session that a router has gives it to this one."""
+        self.command(0, session).surrender.router_incarnation = router
 
     def progress(self, session: Session) -> None:
         """The copy of a session may be shortened: it is told so with the next batch."""

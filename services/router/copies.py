@@ -9,12 +9,14 @@ there first. When this router dies, the connector brings the copy to another rou
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from services.router.messages import MessageStore, marked
 from services.router.session_record import record_of, state_of
+from services.router.sessions import when_copied
 from tidings.cluster.hashing import rendezvous
 from tidings.kit.db import DatabaseAway
 
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from tidings.cluster.view import ClusterView
 
 # Seconds between two looks for sessions without a second holder.
-LOOK = 1.0
+LOOK = 0.5
+# Seconds for a connector to have what it is to copy: then another one takes its place.
+SILENT = 1.0
 # Seconds for a connector to say that it has forgotten a copy.
 FORGET_TIMEOUT = 1.0
 # Seconds between two looks at what is confirmed and written.
@@ -60,11 +64,13 @@ class Copies:
 
     # --- what clients have confirmed ---
 
-    def confirmed(self, session: Session) -> None:
+    def confirmed(self, session: Session, ids: Iterable[bytes] = ()) -> None:
         """Copies keep what a client has confirmed until that is written: who takes the session over must not offer it
-        again."""
+        again. `ids`: of the messages among it; copies that begin meanwhile have these too."""
         if session.holder is not None:
-            self._unmarked[session.id] = session, session.outbound.acknowledged
+            number = session.outbound.acknowledged
+            self._unmarked[session.id] = session, number
+            session.unmarked.extend((number, id_) for id_ in ids)
 
     async def tell_marked(self, messages: MessageStore) -> None:
         while True:
@@ -75,6 +81,8 @@ class Copies:
             await marked(messages)
             for session, number in unmarked.values():
                 session.marked = max(session.marked, number)
+                while session.unmarked and session.unmarked[0][0] <= number:
+                    session.unmarked.popleft()
                 session.changed()
 
     # --- who holds them ---
@@ -84,46 +92,77 @@ class Copies:
         if not self.wanted:
             return
         before = session.holder if session.holder is not link else None
-        suffices = not link.local and not self._is_near(link)
-        if before is not None and not suffices and not self._is_near(before):
+        suffices = not link.local and not self.is_near(link)
+        if before is not None and not suffices and not self.is_near(before) and before.handling is not None:
             before.hold(session)
+            when_copied(session, before, _nothing)
             return
         session.holder = None if link.local else link
+        self._go_on(session)
         if before is not None:
             self._let_go(session, before)
         if not suffices:
-            self.cover(session)
+            self.cover(session, before)
 
-    def cover(self, session: Session) -> None:
+    def _replace(self, session: Session, silent: ConnectorLink) -> None:
+        """The connector that holds the copy of a session says nothing: another one takes its place, and has all
+        before anything that has waited for it goes on."""
+        session.holder = None
+        self._let_go(session, silent, 0.0)
+        self.cover(session, silent)
+        if session.holder is None or session.holder is session.link:
+            self._go_on(session)
+
+    def _go_on(self, session: Session) -> None:
+        """What has waited for the holder before waits for the one that is now."""
+        session.holding = object()
+        waiting, session.uncopied = session.uncopied, deque()
+        holder = session.holder
+        for _, then in waiting:
+            if holder is None or holder is session.link:
+                then()
+            else:
+                when_copied(session, holder, then)
+
+    def cover(self, session: Session, silent: ConnectorLink | None = None) -> None:
         """Has another connector hold the copy of a session that may be resumed and has no second holder, or none on
-        another host though there is one."""
+        another host though there is one. `silent`: not that one."""
+        if self.wanted and session.holder is None and session.link is not None and not session.link.local:
+            session.holder = session.link  # what passes there keeps its copy up in any case
         holder, own = session.holder, self._host_of(self._own)
         if (
             not self.wanted
             or not session.resume_seconds
             or session.closed
-            or (holder is not None and not self._is_near(holder))
+            or (holder is not None and not self.is_near(holder))
         ):
             return
-        links = {link.incarnation: link for link in self.links() if not link.local and link.handling is not None}
+        links = {
+            link.incarnation: link
+            for link in self.links()
+            if link is not session.link and link is not silent and not link.local and link.handling is not None
+        }
         away = [name for name in links if self._host_of(name) != own]
         others = away or [name for name in links if holder is None]
         if others:
             links[rendezvous(session.id, others)].hold(session)
+            self._go_on(session)
             if holder is not None and holder is not session.link:
                 self._let_go(session, holder)
 
-    def _let_go(self, session: Session, link: ConnectorLink) -> None:
+    def _let_go(self, session: Session, link: ConnectorLink, patience: float = FORGET_TIMEOUT) -> None:
         """A connector is to forget its copy. When it does not say that it has, the session's epoch is raised: nobody
         may keep an old copy under an epoch that still counts."""
+        # Also called when the link ends: then nobody has said anything.
         told: list[bool] = []
         link.forget(session)
-        link.when_copied(partial(told.append, True))
-        if not told or link.over:
-            asyncio.get_running_loop().call_later(FORGET_TIMEOUT, self._forgotten, session, told)
+        link.when_copied(lambda: told.append(not link.over))
+        if not any(told):
+            reached = link.handling is not None
+            asyncio.get_running_loop().call_later(patience if reached else 0.0, self._forgotten, session, told)
 
     def _forgotten(self, session: Session, told: list[bool]) -> None:
-        if not told:
+        if not any(told):
             self.outdate(session)
 
     def outdate(self, session: Session) -> None:
@@ -133,11 +172,15 @@ class Copies:
 
     async def _raise_epoch(self, session: Session) -> None:
         # A router that ends has closed its database.
-        with suppress(DatabaseAway, AssertionError):
-            if not session.moving:
-                await self.keep(session)
+        with suppress(AssertionError):
+            while self.is_here(session) and not session.moving:
+                try:
+                    await self.keep(session)
+                    return
+                except DatabaseAway:
+                    await asyncio.sleep(LOOK)
 
-    def _is_near(self, link: ConnectorLink) -> bool:
+    def is_near(self, link: ConnectorLink) -> bool:
         """Whether a connector would die with this router's host, and there is one that would not."""
         own = self._host_of(self._own)
         return self._host_of(link.incarnation) == own and any(
@@ -152,8 +195,11 @@ class Copies:
         """Covers those whose holders are gone, and those for whom there was no good one."""
         while True:
             await asyncio.sleep(LOOK)
+            overdue = time.monotonic() - SILENT
             for session in sessions:
-                if session.resume_seconds:
+                if session.uncopied and session.uncopied[0][0] < overdue and session.holder is not None:
+                    self._replace(session, session.holder)
+                elif session.resume_seconds:
                     self.cover(session)
 
     # --- what goes into them ---
@@ -183,6 +229,9 @@ def _key(session: Session) -> object:
         session.epoch, frozenset(session.directed) if session.directed else None,
         tuple(session.notes.items()) if session.notes else None,
     )  # fmt: skip
+
+
+def _nothing() -> None: ...
 
 
 async def _yes(_session: Session) -> bool:

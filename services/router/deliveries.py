@@ -9,8 +9,9 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from services.router.held import before, by_sender, is_long, keep, keep_answer, own_copy
 from services.router.iq_deadlines import IqDeadlines
-from services.router.sessions import BEHIND, Session, Sessions
+from services.router.sessions import BEHIND, Session, Sessions, when_copied
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, MESSAGE
@@ -22,20 +23,14 @@ if TYPE_CHECKING:
 
 log = get_logger("router")
 
-# Stanzas, and bytes of them, that may be held back in memory for a session: while it gets its stored messages, while
-# it moves, and while what waits in the store for it goes first. It loses the rest, as with a full send queue. It
-# stops the growth by a flood meanwhile.
-MAX_HELD = 10_000
-MAX_HELD_BYTES = 8_388_608
-# How many of them come between two looks at their bytes.
-WEIGHED = 16
-
 # Senders whose last number a session remembers; of more, those that have been silent for longest are forgotten. It
 # stops a crowd of senders from filling memory.
 MAX_TAKEN = 2000
 
 # Seconds for which a new session's messages wait for its first presence.
 FIRST_PRESENCE = 1.0
+# How many times as long when the client has sent nothing at all: it may not have been told yet that it is bound.
+PATIENCE = 2
 # Stanzas behind which a client is asked at once what it has.
 ASK_AFTER = 10
 # Unconfirmed stanzas that may share the memory of the batch that they came in.
@@ -75,6 +70,11 @@ class Deliveries:
         # are no more (`caught_up`). And called when the client of such a session has confirmed something.
         self.on_behind: Callable[[Session], None] = lambda _session: None
         self.on_confirmed: Callable[[Session], None] = lambda _session: None
+        # Called when the router from which a session was taken over has not been known to be dead, and is now: it may
+        # have stored messages as given to the session.
+        self.on_certain: Callable[[Session], None] = lambda _session: None
+        # Whether a connector that holds a copy is on another host than this router, if there is another one.
+        self.is_far: Callable[[ConnectorLink], bool] = lambda _link: True
         # Called with the id of a message that a session gets again and has confirmed.
         self.on_again: Callable[[Session, bytes], None] = lambda _session, _id: None
         # Total, for metrics.
@@ -88,10 +88,10 @@ class Deliveries:
         elif envelope.kind == MESSAGE and self._is_full(session) and self._is_stored(session, envelope):
             self._put_behind(session, self.fall_behind(session), envelope)
         elif session.early is not None:
-            _keep(session, session.early, envelope)
+            keep(session, session.early, envelope)
         elif session.held is not None and (session.holds or envelope.kind == MESSAGE):
             # Whether a message is new is seen when its turn comes: what is stored goes first, and has lower numbers.
-            _keep(session, session.held, envelope)
+            keep(session, session.held, envelope)
         elif self._is_new(session, envelope):
             self._give(session, envelope)
         elif envelope.kind == MESSAGE and envelope.to_jid == session.jid_text:
@@ -100,6 +100,8 @@ class Deliveries:
     def _comes_again(self, session: Session, envelope: Envelope) -> None:
         """A message for a session alone comes again, by another way: a router that had it has died. If the client has
         confirmed it, it waits for nobody: what was just written says that it does."""
+        if envelope.number < session.since.get(envelope.origin, 0):
+            return  # it was never given to this session
         id_ = self.kept_as(envelope, session.jid.bare)
         name = envelope.origin, envelope.number
         if id_ is not None and not any(
@@ -108,9 +110,11 @@ class Deliveries:
             self.on_again(session, id_)
 
     def is_copied(self, session: Session) -> bool:
-        """Whether a message for a session goes to its stream now, and another process gets it before the stream."""
+        """Whether a message for a session goes to its stream now, and a process on another host, if there is one,
+        gets it before the stream."""
         return (
             session.holder is not None
+            and self.is_far(session.holder)
             and self.takes(session)
             and session.held is None
             and session.early is None
@@ -127,7 +131,7 @@ class Deliveries:
             holder.when_copied(then)
         else:
             # Two have one: the stream's connector gets it when the other one has it.
-            holder.when_copied(partial(link.when_copied, then))
+            when_copied(session, holder, partial(link.when_copied, then))
 
     def _give(self, session: Session, envelope: Envelope) -> None:
         if envelope.kind == MESSAGE:
@@ -167,7 +171,7 @@ class Deliveries:
     def _is_full(self, session: Session) -> bool:
         queue = session.held if session.early is None else session.early
         if queue is not None:
-            return _is_long(queue, WINDOW, WINDOW_BYTES) and wants_stored(session)
+            return is_long(queue, WINDOW, WINDOW_BYTES) and wants_stored(session)
         outbound = session.outbound
         if outbound.bytes < WINDOW_BYTES and len(outbound.queue) < WINDOW:
             return False
@@ -203,7 +207,7 @@ class Deliveries:
             return
         if envelope.kind == MESSAGE and self._is_stored(session, envelope):
             session.left += 1
-        elif not _keep(session, behind, envelope):
+        elif not keep(session, behind, envelope):
             self._ends_full(session)
 
     def caught_up(self, session: Session) -> None:
@@ -228,7 +232,7 @@ class Deliveries:
                 self._is_new(session, envelope)
                 self._give(session, envelope)
 
-    def confirmed(self, session: Session) -> None:
+    def confirmed(self, session: Session, _ids: Iterable[bytes] = ()) -> None:
         """The client of a session has confirmed something."""
         if session.behind is not None:
             self.on_confirmed(session)
@@ -253,15 +257,25 @@ class Deliveries:
         done = 0
         account = session.jid.bare
         had = {self.kept_as(what, account) if isinstance(what, Envelope) else what for what in _given(session)}
+        had.update(id_ for _, id_ in session.unmarked)
+        held = by_sender(session.held or ())
         for envelope, id_, given in page:
             if session.outbound.bytes >= WINDOW_BYTES and _confirms(session):
                 break
             done += 1
             last = session.taken.get(envelope.origin, 0)
-            # Its sender may have sent something else since: a higher number alone says nothing to a fresh session.
-            # And one that came before anything else of its sender did was not given to this session.
+            # Its sender may have sent something else since: a higher number alone says nothing to a fresh session,
+            # nor to one whose former router may have stored this as given to it. And what came before anything else
+            # of its sender did was not given to this session.
             since = session.since.get(envelope.origin, 0)
-            if id_ in had or (given and not session.fresh and since <= envelope.number <= last):
+            seen = not (session.fresh or session.doubtful) and since <= envelope.number <= last
+            if id_ in had or (given and seen):
+                continue
+            for earlier in before(envelope, held):
+                if self._is_new(session, earlier):
+                    self.deliver(session, earlier)
+                    had.add(self.kept_as(earlier, account))
+            if id_ in had:
                 continue
             if envelope.number > last:
                 self._is_new(session, envelope)
@@ -276,7 +290,7 @@ class Deliveries:
 
     def _write(self, session: Session, envelope: Envelope) -> None:
         if session.frozen is not None:
-            _keep(session, session.frozen, envelope)
+            keep(session, session.frozen, envelope)
             return
         inbound = session.inbound
         link = session.link
@@ -309,11 +323,9 @@ class Deliveries:
         # Another connector than that of the stream holds the copy: it gets the stanza first.
         holder.deliver(session, envelope, number)
         if link is not None:
-            session.copying += 1
-            holder.when_copied(partial(self._copied, session, link, envelope, number))
+            when_copied(session, holder, partial(self._copied, session, link, envelope, number))
 
     def _copied(self, session: Session, link: ConnectorLink, envelope: Envelope, number: int) -> None:
-        session.copying -= 1
         if session.link is link:
             self._to_stream(session, link, envelope, number)
 
@@ -333,7 +345,7 @@ class Deliveries:
         of the same sender."""
         withheld = session.withheld
         if withheld is not None and envelope.from_jid in withheld:
-            _keep_behind(session, withheld[envelope.from_jid], envelope)
+            keep_answer(session, withheld[envelope.from_jid], envelope)
             return True
         if envelope.type != "error" and (envelope.kind != IQ or envelope.type != "result"):
             return False
@@ -341,7 +353,7 @@ class Deliveries:
             return False
         if withheld is None:
             withheld = session.withheld = {}
-        _keep_behind(session, withheld.setdefault(envelope.from_jid, deque()), envelope)
+        keep_answer(session, withheld.setdefault(envelope.from_jid, deque()), envelope)
         return True
 
     def let_go(self, session: Session) -> None:
@@ -365,16 +377,35 @@ class Deliveries:
             and not session.closed
         )
 
+    def accepts(self, session: Session) -> bool:
+        """Whether what is delivered to a session now goes to its stream, or waits for its client to resume."""
+        return self.is_open(session) or (
+            self._sessions.get(session.id) is session
+            and session.link is None
+            and session.resume_seconds > 0
+            and session.frozen is None
+            and not session.closed
+        )
+
     def settle(self, session: Session) -> None:
         """Keeps messages back from a session that was only just bound: with its first presence it gets what was
         stored before. A client that sends none gets them after a moment."""
         session.held = deque()
-        session.settling = asyncio.get_running_loop().call_later(FIRST_PRESENCE, self._settled, session)
+        self._wait_for_presence(session, PATIENCE)
 
-    def _settled(self, session: Session) -> None:
+    def _settled(self, session: Session, left: int) -> None:
         session.settling = None
-        if not session.holds:
+        if session.holds:
+            return
+        if session.lane.waiting is not None:
+            self._wait_for_presence(session, left)  # it may be among what the session has sent
+        elif left and not session.inbound.number:
+            self._wait_for_presence(session, left - 1)  # its client may not know yet that it is bound
+        else:
             self._let_through(session)
+
+    def _wait_for_presence(self, session: Session, left: int) -> None:
+        session.settling = asyncio.get_running_loop().call_later(FIRST_PRESENCE, self._settled, session, left)
 
     def hold(self, session: Session) -> None:
         session.holds += 1
@@ -427,40 +458,9 @@ def _confirms(session: Session) -> bool:
     return session.inbound.counts or session.outbound.acknowledged > 0
 
 
-def _keep(session: Session, queue: deque[Envelope], envelope: Envelope) -> bool:
-    """Whether there was room."""
-    if _is_long(queue, MAX_HELD, MAX_HELD_BYTES):
-        log.debug("held_queue_full", session=session.id, bound=MAX_HELD)
-        return False
-    queue.append(own_copy(envelope))
-    return True
-
-
-def _keep_behind(session: Session, queue: deque[tuple[int, Envelope]], envelope: Envelope) -> None:
-    if len(queue) < MAX_HELD:
-        queue.append((session.inbound.number, own_copy(envelope)))
-    else:
-        log.debug("held_queue_full", session=session.id, bound=MAX_HELD)
-
-
-def _is_long(queue: deque[Envelope], most: int, most_bytes: int) -> bool:
-    """Whether so much is in a queue. Its bytes are summed up now and then."""
-    count = len(queue)
-    if count >= most:
-        return True
-    return count > 0 and count % WEIGHED == 0 and sum(len(one.stanza) for one in queue) >= most_bytes
-
-
 def _given(session: Session) -> Iterator[Envelope | bytes]:
     """What a session was given, or is about to be, and has not confirmed."""
     return (what for _, what in chain(session.outbound.queue, *(session.withheld or {}).values()))
-
-
-def own_copy(envelope: Envelope) -> Envelope:
-    """One to keep for a while: an envelope that came in a batch keeps all of the batch in memory."""
-    copy = Envelope()
-    copy.CopyFrom(envelope)
-    return copy
 
 
 def is_tracked(other: str, session: Session) -> bool:

@@ -7,8 +7,11 @@ calls: it ends when the other router's incarnation has left the view.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -39,6 +42,12 @@ RETRY = 0.2
 # Seconds after which messages that are safe are told of though others of their batch are not.
 EARLY = 0.05
 
+# Seconds after which what another router has taken should be safe, and between two looks at what is not; and how much
+# of that is looked at: while the database is away it is all of it, and no flow goes another way than before.
+SLOW = 0.15
+LOOK = 0.05
+MOST_SLOW = 5000
+
 NOTES = (Mode.NOTE, Mode.STRATEGY)
 
 
@@ -62,6 +71,7 @@ class OutgoingLink:
         # By batch and place in it, what was taken and is not known to be safe; and the bytes of all that somebody
         # waits for.
         self._unsafe: dict[int, dict[int, Sent]] = {}
+        self._taken_at: dict[int, float] = {}
         self.unsafe_bytes = 0
         # Keeps it up.
         self.task: asyncio.Task[Any] | None = None
@@ -140,6 +150,7 @@ class OutgoingLink:
             if answer.safe and (sent := self._unsafe.get(answer.sequence, {}).pop(answer.index, None)) is not None:
                 self._settle(sent)
         for sequence in response.safe:
+            self._taken_at.pop(sequence, None)
             for sent in self._unsafe.pop(sequence, {}).values():
                 self._settle(sent)
         if response.answers:
@@ -147,8 +158,20 @@ class OutgoingLink:
 
     def _taken(self, place: tuple[int, int], sent: Sent, content: bytes) -> None:
         if sent.waiter is not None:
-            self._unsafe.setdefault(place[0], {})[place[1]] = sent
+            batch = self._unsafe.get(place[0])
+            if batch is None:
+                batch = self._unsafe[place[0]] = {}
+                self._taken_at[place[0]] = time.monotonic()
+            batch[place[1]] = sent
         self._forwarder.taken(sent, content)
+
+    def unsafe_since(self, moment: float) -> Iterator[tuple[str, ...]]:
+        """The flows of what was taken before a moment of the monotonic clock and is not known to be safe."""
+        for sequence, taken_at in self._taken_at.items():
+            if taken_at > moment:
+                return
+            for sent in self._unsafe[sequence].values():
+                yield sent.item.flow
 
     def _settle(self, sent: Sent) -> None:
         if sent.waiter is not None:
@@ -168,6 +191,7 @@ class OutgoingLink:
         self._postponed.clear()
         unsafe = [sent for batch in self._unsafe.values() for sent in batch.values()]
         self._unsafe.clear()
+        self._taken_at.clear()
         self._forwarder.again(unsafe)
         for sent in unsafe:
             self._settle(sent)
@@ -405,6 +429,20 @@ class ForwardLinks:
         finally:
             call.cancel()
             await writers.stop()
+
+    async def watch(self) -> None:
+        """Tells the forwarder what other routers have taken and not made safe for long."""
+        while True:
+            await asyncio.sleep(LOOK)
+            if self._forwarder is not None:
+                moment = time.monotonic() - SLOW
+                self._forwarder.doubt(
+                    {
+                        flow: name
+                        for name, link in self._outgoing.items()
+                        for flow in islice(link.unsafe_since(moment), MOST_SLOW)
+                    }
+                )
 
     def incoming(self, incarnation: str, fresh: bool) -> IncomingLink:
         """The link that a router's call carries on, or a new one."""

@@ -164,11 +164,11 @@ class RouterApi(RouterServiceServicer):
                 self._end(link)
         self._seen = alive
 
-    def surrender(self, session: str) -> None:
+    def surrender(self, session: str, router: str) -> None:
         """Asks all connectors for the copy of a session: its router does not answer."""
         self._negotiator.reattachment.wanted.add(session)
         for link in self.links:
-            link.surrender(session)
+            link.surrender(session, router)
 
     @property
     def links(self) -> list[ConnectorLink]:

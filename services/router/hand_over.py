@@ -232,7 +232,7 @@ class HandOver:
             if (
                 safe
                 and not session.holds
-                and not session.copying
+                and not session.uncopied
                 and not self._routing.forwarder.under_way(session.account)
             ):
                 return

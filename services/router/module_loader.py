@@ -105,6 +105,13 @@ class RouterForModules:
     def release(self, session: Session) -> None:
         self._routing.deliveries.release(session)
 
+    def is_settled(self, account: str) -> bool:
+        return self._routing.orphans is None or self._routing.orphans.is_settled(account)
+
+    async def settled(self, account: str) -> None:
+        if self._routing.orphans is not None:
+            await self._routing.orphans.settled(account)
+
     async def account_exists(self, jid: Jid) -> bool:
         return await self._accounts.exists(jid.domain, jid.local)
 

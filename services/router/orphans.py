@@ -4,14 +4,15 @@ Those of which there are copies are taken over before that (reattachment.py). Of
 accounts that hash to it; the table lets one of them win, whatever their views. Nothing is said before the row is
 gone: a router that was stopped and wakes finds that its sessions are no longer its own.
 
-Not promised: that those are told to whom the session had sent presence directly (RFC 6121 4.6) and who are no
-contacts. Whom it wrote to only its router knew.
+Not promised: that those are told to whom the session had sent presence directly (RFC 6121 4.6) in the last tenths of
+a second of its router, and who are no contacts: that is written in groups (binding.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -70,6 +71,10 @@ class Orphans:
         self._view = ClusterView()
         self._alive: set[str] = set()
         self._cleaning: set[str] = set()
+        # By router that is gone: the accounts of its sessions that may yet be taken over; None: that is not known
+        # yet. And set at the next look.
+        self._left: dict[str, frozenset[str] | None] = {}
+        self._looked = asyncio.Event()
         self.ended = 0
 
     def view_changed(self, view: ClusterView) -> None:
@@ -83,7 +88,11 @@ class Orphans:
     def _start(self, router: str, grace: float = 0.0) -> None:
         if router not in self._cleaning and router != self._own:
             self._cleaning.add(router)
-            self._member.cleaning(router)
+            if grace:
+                # Its rows are no obstacle to another start under its name: incarnations keep old and new apart.
+                self._left[router] = None
+            else:
+                self._member.cleaning(router)
             self._spawn(self._clean(router, grace), "sessions of a router that is gone")
 
     async def _clean(self, router: str, grace: float) -> None:
@@ -94,11 +103,15 @@ class Orphans:
             while router not in self._alive:
                 try:
                     rows = await self._table.of_router(router)
-                    if not rows:
+                    if not rows and loop.time() >= ends:
                         break
                     if loop.time() < ends:
+                        # Also when there is none: one may have been on its way to that router.
+                        self._left[router] = frozenset(str(row.jid.bare) for row in rows)
+                        self._look_again()
                         await asyncio.sleep(LOOK_EARLY)
                         continue
+                    self._nobody_left(router)
                     log.info("ending_orphans", router=router, sessions=len(rows))
                     others = [node.incarnation for node in routers(self._view)] or [self._own]
                     if first:
@@ -107,11 +120,38 @@ class Orphans:
                         first = False
                     await self._end_all(rows)
                 except DatabaseAway:
-                    pass  # it comes back
+                    # It comes back; nobody waits longer than for a take-over.
+                    if loop.time() >= ends:
+                        self._nobody_left(router)
                 await asyncio.sleep(LOOK)
         finally:
+            self._nobody_left(router)
             self._cleaning.discard(router)
             self._member.cleaned(router)
+
+    # --- who waits for that ---
+
+    def is_settled(self, account: str) -> bool:
+        """Whether no session of an account is at a router that is gone, and may yet be taken over."""
+        return not any(left is None or account in left for left in self._left.values())
+
+    async def settled(self, account: str) -> None:
+        """Waits until that is so, for the time of a take-over at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE):
+                while not self.is_settled(account):
+                    await self._looked.wait()
+
+    def _nobody_left(self, router: str) -> None:
+        """What has not been taken over till now is over."""
+        if self._left.pop(router, ()) != ():
+            self._look_again()
+
+    def _look_again(self) -> None:
+        self._looked.set()
+        self._looked = asyncio.Event()
+
+    # --- the end ---
 
     async def _end_all(self, rows: list[SessionRow]) -> None:
         """Raises DatabaseAway when all that could be ended are."""
@@ -138,6 +178,7 @@ class Orphans:
         session = Session(row.jid, "", None, 0, self._spawn)
         session.id = row.session
         session.presence = b"<presence/>" if row.available else None
+        session.directed = set(row.directed)
         await self._routing.endings.tell(session, row.available)
 
     async def run(self) -> None:

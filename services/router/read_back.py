@@ -46,6 +46,7 @@ class ReadBack:
         self._offer = offer
         deliveries.on_behind = self.owe
         deliveries.on_confirmed = self.confirmed
+        deliveries.on_certain = self.read_again
         # Sessions that get something later, each with what is set when its client confirms something.
         self._owed: dict[str, asyncio.Event] = {}
         # Those that are behind, and for which something may have become free that was passed over.
@@ -58,7 +59,7 @@ class ReadBack:
         own until it ends; when it has had it before, it does not get it again."""
         after = 0
         try:
-            while self._deliveries.is_open(session):
+            while self._deliveries.accepts(session):
                 if session.behind is not None:
                     self._again.add(session.id)
                     return True
@@ -66,7 +67,7 @@ class ReadBack:
                     self._deliveries.fall_behind(session)
                     continue
                 found, after = await self._page(session, after)
-                if not found and self._deliveries.is_open(session):
+                if not found and self._deliveries.accepts(session):
                     return True
         except DatabaseAway:
             pass
@@ -77,11 +78,27 @@ class ReadBack:
         one that it was given."""
         account = session.jid.bare
         kept = await self._messages.pending(account, session.id, min(PAGE, self._deliveries.room(session)), after)
-        if not kept or not self._deliveries.is_open(session):
+        if not kept or not self._deliveries.accepts(session):
             return False, after
         page = [(_delayed(message, account), message.id, message.given) for message in kept]
         given = self._deliveries.give_stored(session, page)
         return True, kept[given - 1].position if given else after
+
+    def read_again(self, session: Session) -> None:
+        """What the session's former router has stored as given to it, and that is known to have no more."""
+        if wants_stored(session):
+            self._router.in_background(self._read_again(session), "what a silent router has stored")
+
+    async def _read_again(self, session: Session) -> None:
+        self._deliveries.hold(session)
+        try:
+            while not await self.flush(session):
+                if not self._deliveries.accepts(session):
+                    return
+                await asyncio.sleep(RETRY)
+        finally:
+            session.doubtful = session.behind is not None
+            self._deliveries.release(session)
 
     # --- later ---
 

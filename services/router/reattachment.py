@@ -45,6 +45,10 @@ T = TypeVar("T")
 
 # Seconds between two tries while the database is away; then the client waits too.
 RETRY = 0.5
+# Seconds after which a router that stands still, or is cut off, is put out or has woken; and in which its last commit
+# is done.
+SILENT = 15.0
+WRITTEN = 1.0
 # Sessions that are taken over at one time.
 AT_ONCE = 32
 
@@ -139,14 +143,28 @@ class Reattachment:
         record.epoch = row.epoch
         session = session_of(record, stream, self._spawn, doubtful=True)
         session.connector = link.incarnation
-        if not await _patiently(lambda: self._binding.adopt(jid, session.id, row.epoch, row.router)):
-            return None
-        for gone in (self._sessions.get(session.id), self._sessions.of(session.account).get(jid.resource)):
-            if gone is not None:
-                # Its row was taken from it without our noticing.
-                await self.dismiss(gone)
-        self._begin(link, stream, session, record)
+        with self._sessions.arriving(session.account):
+            if not await _patiently(lambda: self._binding.adopt(jid, session.id, row.epoch, row.router)):
+                return None
+            for gone in (self._sessions.get(session.id), self._sessions.of(session.account).get(jid.resource)):
+                if gone is not None:
+                    # Its row was taken from it without our noticing.
+                    await self.dismiss(gone)
+            session.doubtful = self._is_alive(row.router)
+            self._begin(link, stream, session, record)
+        if session.doubtful:
+            self._spawn(self._until_certain(session, row.router), "a router from which a session was taken over")
         return session
+
+    async def _until_certain(self, session: Session, router: str) -> None:
+        """Waits until the router that had the session takes nothing more for it: it does not answer, or cannot be
+        reached; that ends with it, or, when it wakes, with its hearing of this."""
+        ends = asyncio.get_running_loop().time() + SILENT
+        while self._is_alive(router) and asyncio.get_running_loop().time() < ends:  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(RETRY)
+        await asyncio.sleep(WRITTEN)
+        if self._sessions.get(session.id) is session:
+            self._routing.deliveries.on_certain(session)
 
     async def _row(self, jid: Jid, attach: SessionAttach) -> SessionRow | None:
         """The session's row, if it is as the connector knows it: still its router's, or one's that it has asked
@@ -204,6 +222,9 @@ class Reattachment:
                 queue.append((number, id_))
         if queue or session.outbound.queue:
             session.outbound.queue = queue
+        if session.unmarked:
+            # The router that is gone may not have written that.
+            self._safety.acknowledged(session, [id_ for _, id_ in session.unmarked])
 
     async def _catch_up(self, session: Session) -> None:
         """What is stored for the session goes before anything new, as when it became available; then the modules

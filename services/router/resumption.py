@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from services.router.deliveries import own_copy
+from services.router.held import own_copy
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.db import DatabaseAway
@@ -76,7 +76,7 @@ class Resumption:
         self.cover: Callable[[Session], None] = lambda _session: None
         # Whether a router answers within so many seconds; asks for the copy of a session.
         self.answers: Callable[[str, float], Awaitable[bool]] = _yes
-        self.surrender: Callable[[str], None] = lambda _session: None
+        self.surrender: Callable[[str, str], None] = lambda _session, _router: None
         # Total, for metrics.
         self.resumed = 0
         self.refused = 0
@@ -164,7 +164,22 @@ class Resumption:
             session = self._sessions.get(id_)
         if session is None or session.account != str(stream.account):
             return None
-        return session if session.resume_seconds and not session.closed else None
+        if not session.resume_seconds or session.closed:
+            return None
+        if await self._is_ours(session):
+            return session
+        session.closed = True
+        await self.end(session)
+        return None
+
+    async def _is_ours(self, session: Session) -> bool:
+        """Whether another router has not taken the session over meanwhile, that could not reach this one. While the
+        database is away nobody can have, but before."""
+        try:
+            rows = await self._table.of_account(session.jid.bare)
+        except DatabaseAway:
+            return True
+        return any(row.session == session.id and row.router == self._own for row in rows)
 
     async def _elsewhere(self, stream: Negotiation, id_: str) -> str:
         """The other router that has it, and that answers; '' when there is none, or when it has come here. The copy
@@ -181,7 +196,7 @@ class Resumption:
                     return row.router
                 log.info("session_asked_for", session=id_, account=str(stream.account), router=row.router)
                 asked = row.router
-                self.surrender(id_)
+                self.surrender(id_, asked)
             await asyncio.sleep(LOOK)
         return ""
 

@@ -37,6 +37,7 @@ from tidings.xmpp.jid import Jid, JidError
 
 if TYPE_CHECKING:
     from services.router.forward_links import ForwardLinks
+    from services.router.orphans import Orphans
     from services.router.safety import Safety
     from services.router.store import AccountStore, SessionTable
 
@@ -80,6 +81,8 @@ class Routing:
         self.deliveries.on_again = lambda session, id_: safety.acknowledged(session, [id_])
         self.endings = Endings(hooks, self.step, spawn)
         self.notes = Notes(hooks, self.step)
+        # Looks after sessions of dead routers; it needs this routing itself, so it comes behind it.
+        self.orphans: Orphans | None = None
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
         self.strategy: Strategy = None  # type: ignore[assignment]
         self.answers = Answers(sessions, hooks, components, self.deliveries, self.step, self._reply_elsewhere)
@@ -97,6 +100,10 @@ class Routing:
         self.forwarder = forwarder
         self.notes.start(strategy, forwarder)
         self._at_account.start(strategy, forwarder)
+
+    def settle_by(self, orphans: Orphans) -> None:
+        self.orphans = orphans
+        self._at_account.is_settled = orphans.is_settled
 
     def view_changed(self, view: ClusterView) -> None:
         self._at_account.view_changed(view)
@@ -278,8 +285,11 @@ class Routing:
         waiter = self.safety.waiter(envelope) if kind == MESSAGE else None
         item = Item(flow, account, to.resource, envelope, origin=session, waiter=waiter)
         pending: Pending = self.forwarder.run(item)
-        if pending is not None and kind == MESSAGE and session is not None:
-            # It is being stored: that holds up nothing but what its sender sends to the same account.
+        if pending is not None and (
+            session is not None if kind == MESSAGE else not self._at_account.is_settled(account)
+        ):
+            # It is being stored, or waits for a session whose router has died: that holds up nothing but what its
+            # sender sends to the same account.
             self.forwarder.hold(item, pending)
             pending = None
         elif pending is not None and waiter is not None:
@@ -315,7 +325,7 @@ class Routing:
             return self.notes.noted(item)
         if item.mode is Mode.SESSIONS:
             item.taken = self._at_account.to_sessions_here(envelope, item)
-            return None
+            return None if item.taken else self._at_account.when_arrived(item)
         try:
             if item.missed:
                 return self._at_account.absent(item)

@@ -10,7 +10,7 @@ dealt with.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,7 @@ class Safety:
         # Told of a session when more of what it sent is safe.
         self.on_safe: Callable[[Session], None] = lambda _session: None
         # Told of a session whose client has confirmed something.
-        self.on_confirmed: list[Callable[[Session], None]] = []
+        self.on_confirmed: list[Callable[[Session, Sequence[bytes]], None]] = []
         # Bytes of messages that other routers have and have not said to be safe.
         self.waiting_elsewhere: Callable[[], int] = lambda: 0
         # What ends the waiting of sessions that send nothing until the database has caught up.
@@ -234,7 +234,7 @@ class Safety:
             self._messages.delivered(account, kept)
         if what:
             for told in self.on_confirmed:
-                told(session)
+                told(session, kept)
 
     # --- back-pressure ---
 

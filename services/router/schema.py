@@ -134,3 +134,14 @@ sessions = sa.Table(
     sa.Column("router", Text(64), nullable=False, index=True),
     sa.Column("available", sa.Boolean, nullable=False),
 )
+
+# Whom sessions have sent presence directly (RFC 6121 4.6): who ends a session for a router that is gone tells them.
+directed_presence = sa.Table(
+    "directed_presence",
+    metadata,
+    *_account(),
+    sa.Column("session", Text(64), primary_key=True),
+    # The receiver's hash, because it does not fit into one key with the others.
+    sa.Column("receiver_hash", sa.BINARY(16), primary_key=True),
+    sa.Column("receiver", Text(3071), nullable=False),
+)

@@ -45,6 +45,8 @@ def record_of(session: Session, asked: Iterable[tuple[str, str, float]], left: f
     record.asked.extend(AskedIq(to_jid=to, id=id_, left=left) for to, id_, left in asked)
     for sent in inbound.repeatable():
         record.unconfirmed.add(number=sent.number, kind=sent.kind, id=sent.id, to_jid=sent.to, stanza=sent.raw)
+    for number, id_ in session.unmarked:
+        record.unconfirmed_messages.add(delivery=number, id=id_)
     for number, what in outbound.queue:
         if isinstance(what, Envelope):
             record.unacknowledged.add().CopyFrom(what)
@@ -87,7 +89,8 @@ def session_of(
     outbound.acknowledged = session.marked = record.acknowledged
     outbound.base = record.sent_before_counting
     queue: list[tuple[int, Envelope | bytes]] = [(one.delivery, one) for one in record.unacknowledged]
-    queue += [(one.delivery, one.id) for one in record.unconfirmed_messages]
+    for one in record.unconfirmed_messages:
+        (queue if one.delivery > record.acknowledged else session.unmarked).append((one.delivery, one.id))
     if queue:
         # It came in one message, which is no longer than the queue itself.
         outbound.queue = deque(sorted(queue, key=lambda entry: entry[0]))

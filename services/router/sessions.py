@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +35,11 @@ class Session:
     """A bound full JID. Satisfies `tidings.kit.module.Session`, which says what its values mean."""
 
     __slots__ = (
-        "account", "asked", "asks", "behind", "closed", "connector", "copied", "copying", "directed", "early",
-        "epoch", "fresh", "frozen", "held", "holder", "holds", "id", "inbound", "interested", "jid",
+        "account", "asked", "asks", "behind", "closed", "connector", "copied", "directed", "doubtful", "early",
+        "epoch", "fresh", "frozen", "held", "holder", "holding", "holds", "id", "inbound", "interested", "jid",
         "jid_text", "lane", "lang", "left", "link", "marked", "moving", "notes", "outbound", "pinged",
         "presence", "priority", "resume_seconds", "seen_available", "settling", "since", "stream", "taken",
-        "waits", "withheld",
+        "uncopied", "unmarked", "waits", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -61,8 +64,13 @@ class Session:
         self.copied: dict[ConnectorLink, object] = {}
         # Up to which delivery it has confirmed, and that is written, as far as it needs to be.
         self.marked = 0
-        # Stanzas for it that wait until the holder, being another connector than its own, has them.
-        self.copying = 0
+        # Messages that it has confirmed, and of which that is not known to be written: the delivery with which they
+        # were confirmed, and their ids.
+        self.unmarked: deque[tuple[int, bytes]] = deque()
+        # What waits until the holder, being another connector than its own, has all till then: since when, and what
+        # is to be called, in order. And what stands for that holder: another object for another one.
+        self.uncopied: deque[tuple[float, Callable[[], None]]] = deque()
+        self.holding: object = None
         self.priority = 0
         self.presence: bytes | None = None
         self.interested = False
@@ -106,6 +114,9 @@ class Session:
         self.settling: asyncio.TimerHandle | None = None
         # No message has been delivered to it as it came.
         self.fresh = True
+        # It was taken over from a router that may still have taken messages for it: what the store says was given to
+        # it may not have been.
+        self.doubtful = False
 
     def changed(self) -> None:
         """Its copies, if there are any, are to follow."""
@@ -117,12 +128,26 @@ class Session:
             link.progress(self)
 
 
+def when_copied(session: Session, holder: ConnectorLink, then: Callable[[], None]) -> None:
+    """Calls `then` when the connector that holds a session's copy has what it was sent last; when another one takes
+    its place meanwhile, that one."""
+    session.uncopied.append((time.monotonic(), then))
+    holder.when_copied(partial(_copied, session, session.holding))
+
+
+def _copied(session: Session, holding: object) -> None:
+    if session.holding is holding and session.uncopied:
+        session.uncopied.popleft()[1]()
+
+
 class Sessions:
     """Finds sessions by id and by account. A full JID has one session at most."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Session] = {}
         self._by_account: dict[str, dict[str, Session]] = {}
+        # By account: how many of its sessions are arriving, and what is set when they have, or have not.
+        self._arriving: dict[str, tuple[int, asyncio.Event]] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -136,6 +161,25 @@ class Sessions:
     def of(self, account: str) -> Mapping[str, Session]:
         """The sessions of a bare JID, by resource."""
         return self._by_account.get(account, NOBODY)
+
+    @contextmanager
+    def arriving(self, account: str) -> Iterator[None]:
+        """A session comes from another router: its row may say so before it is here."""
+        count, arrived = self._arriving.get(account, (0, asyncio.Event()))
+        self._arriving[account] = count + 1, arrived
+        try:
+            yield
+        finally:
+            count, _ = self._arriving[account]
+            if count > 1:
+                self._arriving[account] = count - 1, arrived
+            else:
+                del self._arriving[account]
+                arrived.set()
+
+    def arrival(self, account: str) -> asyncio.Event | None:
+        """What is set when the sessions are here that come for an account just now; None when none does."""
+        return self._arriving[account][1] if account in self._arriving else None
 
     def add(self, session: Session) -> None:
         sessions = self._by_account.setdefault(session.account, {})

@@ -7,7 +7,7 @@ Parts of JIDs are prepared (RFC 7622) by the caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -117,6 +117,19 @@ class SessionRow:
     router: str
     # Whether contacts may have seen it available: from bind on, until it is known that they have not.
     available: bool = True
+    # Whom it sent presence directly (RFC 6121 4.6), sorted; only `bind` and `end` tell it.
+    directed: tuple[str, ...] = ()
+
+
+class DirectedChange(NamedTuple):
+    """To whom else a session has sent presence directly, and to whom it no longer counts."""
+
+    jid: Jid
+    session: str
+    epoch: int
+    added: Collection[str]
+    # None: all but those of `added`.
+    removed: Collection[str] | None = ()
 
 
 class SessionTable(Protocol):
@@ -139,6 +152,10 @@ class SessionTable(Protocol):
 
     async def end(self, jid: Jid, session: str, epoch: int) -> SessionRow | None:
         """Removes a session, if its row still has this epoch. Returns the row that was removed."""
+
+    async def set_directed(self, changes: Sequence[DirectedChange]) -> None:
+        """Notes to whom sessions have sent presence directly. It goes with the session from router to router, and is
+        gone when it is ended or replaced: what the same router writes meanwhile comes before, or is not written."""
 
     async def set_available(self, changes: Sequence[tuple[Jid, str, int, bool]]) -> None:
         """Notes of sessions (full JID, session id, epoch) whether they may have been seen available."""

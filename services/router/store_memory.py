@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from services.router.store import AccountExists, AccountRow, Roster, RosterItem, SessionRow
+from services.router.store import AccountExists, AccountRow, DirectedChange, Roster, RosterItem, SessionRow
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.sasl import ScramKeys
 
@@ -95,13 +95,21 @@ class MemorySessionTable:
 
     def __init__(self) -> None:
         self._rows: dict[Jid, SessionRow] = {}
+        # By session: whom it sent presence directly.
+        self._directed: dict[str, set[str]] = {}
 
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
         present = self._rows.setdefault(jid, SessionRow(jid, session, 1, router, True))
-        return None if present.session == session else present
+        return None if present.session == session else self._whole(present)
+
+    def _whole(self, row: SessionRow) -> SessionRow:
+        return replace(row, directed=tuple(sorted(self._directed.get(row.session, ()))))
 
     async def replace(self, row: SessionRow, session: str, router: str) -> bool:
-        return self._change(row, SessionRow(row.jid, session, row.epoch + 1, router, True))
+        replaced = self._change(row, SessionRow(row.jid, session, row.epoch + 1, router, True))
+        if replaced:
+            self._directed.pop(row.session, None)
+        return replaced
 
     async def move(self, row: SessionRow, router: str) -> bool:
         present = self._rows.get(row.jid)
@@ -112,7 +120,7 @@ class MemorySessionTable:
         present = self._rows.get(row.jid)
         if present is None:
             return False
-        if replace(present, available=row.available) == row:
+        if replace(present, available=row.available, directed=row.directed) == row:
             self._rows[row.jid] = changed
             return True
         return replace(present, available=changed.available) == changed
@@ -121,7 +129,16 @@ class MemorySessionTable:
         present = self._rows.get(jid)
         if present is None or (present.session, present.epoch) != (session, epoch):
             return None
-        return self._rows.pop(jid)
+        removed = self._whole(self._rows.pop(jid))
+        self._directed.pop(session, None)
+        return removed
+
+    async def set_directed(self, changes: Sequence[DirectedChange]) -> None:
+        for jid, session, epoch, added, removed in changes:
+            present = self._rows.get(jid)
+            if present is not None and (present.session, present.epoch) == (session, epoch):
+                before = self._directed.get(session, set())
+                self._directed[session] = (set() if removed is None else before - set(removed)) | set(added)
 
     async def set_available(self, changes: Sequence[tuple[Jid, str, int, bool]]) -> None:
         for jid, session, epoch, available in changes:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.router.schema import sessions
-from services.router.store import SessionRow
+from services.router.schema import directed_presence, sessions
+from services.router.store import DirectedChange, SessionRow
 from tidings.kit.db import Database
 from tidings.kit.grouping import Grouping
 from tidings.xmpp.jid import Jid
 
 _INSERT = sessions.insert()
+_INSERT_DIRECTED = directed_presence.insert()
+_WHOLE = sa.select(sessions, directed_presence.c.receiver).outerjoin(
+    directed_presence,
+    sa.and_(*(directed_presence.c[name] == sessions.c[name] for name in ("host", "local", "session"))),
+)
 
 
 class SqlSessionTable:
@@ -29,17 +35,17 @@ class SqlSessionTable:
 
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
         values = {
-            "host": jid.domain, "local": jid.local, "resource_hash": _hash(jid), "resource": jid.resource,
+            "host": jid.domain, "local": jid.local, "resource_hash": _hash(jid.resource), "resource": jid.resource,
             "session": session, "epoch": 1, "router": router, "available": True,
         }  # fmt: skip
 
         if await self._binds.do(values):
             return None
         async with self._database.read(causal=True) as connection:
-            row = (await connection.execute(sa.select(sessions).where(*_is(jid)))).first()
-        if row is None:
+            present = _whole((await connection.execute(_WHOLE.where(*_is(jid)))).all())
+        if present is None:
             return await self.bind(jid, session, router)  # it has gone meanwhile: again
-        return _row(row) if row.session != session else None
+        return present if present.session != session else None
 
     async def _insert(self, rows: Sequence[dict[str, Any]]) -> list[bool]:
         """Which of them found no other row in their place."""
@@ -66,6 +72,8 @@ class SqlSessionTable:
         async def work(connection: AsyncConnection) -> bool:
             to = {"session": changed.session, "epoch": changed.epoch, "router": changed.router, **values}
             if (await connection.execute(sessions.update().where(*_is_still(row)).values(**to))).rowcount:
+                if changed.session != row.session:
+                    await connection.execute(directed_presence.delete().where(*_directed_by(row.jid, row.session)))
                 return True
             return (
                 await connection.execute(sa.select(sessions.c.epoch).where(*_is_still(changed)))
@@ -81,6 +89,13 @@ class SqlSessionTable:
             return [await _delete_one(connection, *one) for one in ended]
 
         return await self._database.transaction(work, causal=True)
+
+    async def set_directed(self, changes: Sequence[DirectedChange]) -> None:
+        async def work(connection: AsyncConnection) -> None:
+            for change in changes:
+                await _change_directed(connection, change)
+
+        await self._database.transaction(work, causal=True)
 
     async def set_available(self, changes: Sequence[tuple[Jid, str, int, bool]]) -> None:
         async def work(connection: AsyncConnection) -> None:
@@ -108,19 +123,44 @@ class SqlSessionTable:
 
 async def _delete_one(connection: AsyncConnection, jid: Jid, session: str, epoch: int) -> SessionRow | None:
     here = (*_is(jid), sessions.c.session == session, sessions.c.epoch == epoch)
-    row = (await connection.execute(sa.select(sessions).where(*here))).first()
-    if row is None:
+    # Locked: what its router writes just now of directed presence comes before, or finds no row.
+    row = _whole((await connection.execute(_WHOLE.where(*here).with_for_update())).all())
+    if row is None or not (await connection.execute(sessions.delete().where(*here))).rowcount:
         return None
-    removed = await connection.execute(sessions.delete().where(*here))
-    return _row(row) if removed.rowcount else None
+    if row.directed:
+        await connection.execute(directed_presence.delete().where(*_directed_by(jid, session)))
+    return row
 
 
-def _hash(jid: Jid) -> bytes:
-    return hashlib.blake2b(jid.resource.encode(), digest_size=16).digest()
+async def _change_directed(connection: AsyncConnection, change: DirectedChange) -> None:
+    jid, session, epoch, added, removed = change
+    here = (*_is(jid), sessions.c.session == session, sessions.c.epoch == epoch)
+    if (await connection.execute(sa.select(sessions.c.epoch).where(*here).with_for_update())).first() is None:
+        return
+    hashes = None if removed is None else [_hash(receiver) for receiver in (*removed, *added)]
+    old = () if hashes is None else (directed_presence.c.receiver_hash.in_(hashes),)
+    await connection.execute(directed_presence.delete().where(*_directed_by(jid, session), *old))
+    if added:
+        of = {"host": jid.domain, "local": jid.local, "session": session}
+        rows = [{**of, "receiver_hash": _hash(receiver), "receiver": receiver} for receiver in added]
+        await connection.execute(_INSERT_DIRECTED, rows)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _is(jid: Jid) -> tuple[sa.ColumnElement[bool], ...]:
-    return sessions.c.host == jid.domain, sessions.c.local == jid.local, sessions.c.resource_hash == _hash(jid)
+    return (
+        sessions.c.host == jid.domain,
+        sessions.c.local == jid.local,
+        sessions.c.resource_hash == _hash(jid.resource),
+    )
+
+
+def _directed_by(jid: Jid, session: str) -> tuple[sa.ColumnElement[bool], ...]:
+    table = directed_presence.c
+    return table.host == jid.domain, table.local == jid.local, table.session == session
 
 
 def _is_still(row: SessionRow) -> tuple[sa.ColumnElement[bool], ...]:
@@ -135,3 +175,10 @@ def _is_still(row: SessionRow) -> tuple[sa.ColumnElement[bool], ...]:
 def _row(row: Any) -> SessionRow:
     jid = Jid(row.local, row.host, row.resource)
     return SessionRow(jid, row.session, row.epoch, row.router, bool(row.available))
+
+
+def _whole(rows: Sequence[Any]) -> SessionRow | None:
+    """One session's row, joined with those whom it sent presence directly."""
+    if not rows:
+        return None
+    return replace(_row(rows[0]), directed=tuple(sorted(row.receiver for row in rows if row.receiver is not None)))

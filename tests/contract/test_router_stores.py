@@ -13,6 +13,7 @@ import pytest
 from services.router.store import (
     AccountExists,
     AccountStore,
+    DirectedChange,
     RosterItem,
     RosterStore,
     SessionRow,
@@ -265,3 +266,58 @@ async def test_sessions_are_found_by_account_and_by_router(stores: Stores) -> No
     assert {row.jid for row in await stores.sessions.of_account(ROMEO)} == {DESK, phone}
     assert {row.jid for row in await stores.sessions.of_router("r1")} == {phone, other}
     assert await stores.sessions.routers() == {"r0": 1, "r1": 2}
+
+
+# --- directed presence ---
+
+ROOM, NURSE = "room@muc.example.net/romeo", "nurse@example.org/♥"
+
+
+async def test_the_end_of_a_session_tells_whom_it_sent_presence_directly(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    phone = Jid.parse("romeo@example.org/phone")
+    await stores.sessions.bind(phone, "t", "r0")
+    await stores.sessions.set_directed(
+        [DirectedChange(DESK, "s", 1, (ROOM, NURSE)), DirectedChange(phone, "t", 1, (ROOM,))]
+    )
+    for _ in range(2):  # repeated, as when nobody could tell what had become of it
+        await stores.sessions.set_directed([DirectedChange(DESK, "s", 1, ("x@example.org", NURSE), (ROOM,))])
+    assert await stores.sessions.end(DESK, "s", 1) == SessionRow(DESK, "s", 1, "r0", True, (NURSE, "x@example.org"))
+    assert await stores.sessions.end(phone, "t", 1) == SessionRow(phone, "t", 1, "r0", True, (ROOM,))
+    await stores.sessions.bind(DESK, "s", "r0")
+    assert await stores.sessions.end(DESK, "s", 1) == SessionRow(DESK, "s", 1, "r0"), "nothing of it was left"
+
+
+async def test_directed_presence_goes_along_and_is_noted_under_the_present_epoch_only(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    await stores.sessions.set_directed([DirectedChange(DESK, "s", 1, (ROOM, NURSE))])
+    assert await stores.sessions.move(SessionRow(DESK, "s", 1, "r0"), "r1")
+    await stores.sessions.set_directed(
+        [DirectedChange(DESK, "s", 1, ("old@example.org",)), DirectedChange(DESK, "other", 2, ("x@example.org",))]
+    )
+    row = await stores.sessions.bind(DESK, "t", "r2")
+    assert row == SessionRow(DESK, "s", 2, "r1", True, (NURSE, ROOM)), "who is in the way is told whole"
+    await stores.sessions.set_directed([DirectedChange(DESK, "s", 2, (ROOM,), None)])
+    assert await stores.sessions.end(DESK, "s", 2) == SessionRow(DESK, "s", 2, "r1", True, (ROOM,))
+
+
+async def test_a_session_in_the_place_of_another_one_has_sent_no_presence_directly(stores: Stores) -> None:
+    await stores.sessions.bind(DESK, "s", "r0")
+    await stores.sessions.set_directed([DirectedChange(DESK, "s", 1, (ROOM,))])
+    row = await stores.sessions.bind(DESK, "t", "r1")
+    assert row is not None
+    for _ in range(2):
+        assert await stores.sessions.replace(row, "t", "r1")
+    await stores.sessions.set_directed([DirectedChange(DESK, "s", 1, (ROOM,))])
+    assert await stores.sessions.end(DESK, "t", 2) == SessionRow(DESK, "t", 2, "r1")
+
+
+async def test_what_a_router_notes_while_it_ends_a_session_is_told_or_not_written(stores: Stores) -> None:
+    table: SessionTable = stores.sessions.end.__self__  # type: ignore[attr-defined] # one router's
+    for _ in range(8):
+        await table.bind(DESK, "s", "r0")
+        noted = table.set_directed([DirectedChange(DESK, "s", 1, (ROOM,))])
+        row, _ = await asyncio.gather(table.end(DESK, "s", 1), noted)
+        assert row is not None
+        await table.bind(DESK, "s", "r0")
+        assert await table.end(DESK, "s", 1) == SessionRow(DESK, "s", 1, "r0"), "nothing of it was left"

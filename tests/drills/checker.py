@@ -45,6 +45,8 @@ ANSWER_WITHIN = 30.0
 PRESENCE_WITHIN = 10.0
 # Two sessions that begin within these seconds may see each other twice: by broadcast and by probe (RFC 6121 4.2.2, 4.3.2).
 AT_ONE_TIME = 10.0
+# Seconds in which a router has said of a stanza that it is dealt with.
+DEALT_WITH = 1.0
 # Seconds by which a client may notice later than the server that its stream is lost, with XEP-0198 and without.
 NOTICED, PLAIN_NOTICED = 5.0, 25.0
 
@@ -153,9 +155,15 @@ class _Case:
 
     def _absent(self, sent: Sent) -> bool:
         """RFC 6121 8.5: for a type that is not stored, absence is an outcome. Nobody that it was for was there
-        all the time from its sending until now; and of those that are bounced the sender has gone, too."""
-        if sent.type not in ("headline", "groupchat", "error") and self.lives[sent.session].works:
-            return False
+        all the time from its sending until now, nor with one router; and of those that are bounced the sender has
+        gone, too."""
+        if sent.type not in ("headline", "groupchat", "error"):
+            if self.lives[sent.session].works:
+                return False
+        elif any(
+            fault.at - DEALT_WITH < sent.at < fault.healed and "database" not in fault.what for fault in self.faults
+        ):
+            return True
         full = "/" in sent.to
         there = self.lives.of_jid(sent.to) if full else self.lives.of(sent.to)
         return not any(life.began < sent.at and life.ended is None and (full or life.priority >= 0) for life in there)
@@ -174,7 +182,7 @@ class _Case:
 
     def disordered(self) -> Iterator[Finding]:
         """What came to another session first and falls to this one, because that one was cut off or has gone, may come
-        behind what this one got meanwhile; what was sent to one address is in order within itself too."""
+        behind what this one got meanwhile; what was sent to the account is in order within itself too."""
         last: dict[tuple[str, str, str], tuple[int, str]] = {}
         seen: set[tuple[str, str]] = set()
         for event in self.received:
@@ -183,6 +191,8 @@ class _Case:
                 continue
             seen.add((event.session, event.key))
             sent = sends[0]
+            if "/" in sent.to and sent.to != self.lives[event.session].jid:
+                continue  # it was for a session that has gone: that pair's order is over
             chain = (event.session, sent.session, sent.to if self._inherited(event, sent) else "")
             place = self.place[sent.session, sent.key]
             before = last.get(chain)
@@ -263,7 +273,11 @@ class _Case:
         next session of the same full JID; where it comes soon, nobody need see the end of the first."""
         if contact.ended is not None and contact.ended < life.began:
             return ""
-        available = "A{0,2}" if abs(contact.began - life.began) < AT_ONE_TIME else "A?"
+        # Both ask at one time; or the router dies before it has said that it has dealt with the first presence.
+        twice = abs(contact.began - life.began) < AT_ONE_TIME or any(
+            life.began <= fault.at < life.began + DEALT_WITH for fault in self.faults
+        )
+        available = "A{0,2}" if twice else "A?"
         over = self._over(life)
         if over is None:
             return available

@@ -258,13 +258,18 @@ def test_a_live_message_that_overtakes_stored_ones_at_log_in_is_found() -> None:
     assert story().deliver("b2", "1", "2").found() == []
 
 
-def test_what_falls_to_a_session_from_another_device_may_come_behind_but_is_in_order_itself() -> None:
+def test_what_falls_to_a_session_from_another_device_has_no_order_any_more() -> None:
     def story() -> Story:
         sent = both().begin("b2", B2).send("a", "1", B).send("a", "2", B).send("a", "3", "b@x").deliver("b2", "3")
         return sent.cut("b").end("b")
 
     assert story().deliver("b2", "1", "2").found() == []
-    assert story().deliver("b2", "2", "1").found() == [DISORDERED]
+    assert story().deliver("b2", "2", "1").found() == []
+
+
+def test_what_was_for_the_account_and_falls_to_a_session_is_in_order_itself() -> None:
+    sent = both().begin("b2", B2).send("a", "1", "b@x").send("a", "2", "b@x").cut("b").end("b")
+    assert sent.deliver("b2", "2", "1").found() == [DISORDERED]
 
 
 def test_what_was_sent_to_a_session_itself_is_no_heritage() -> None:

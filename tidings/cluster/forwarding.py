@@ -56,6 +56,8 @@ class Forwarder:
         # How many flows there are with something that an account of this router sent.
         self._senders: dict[str, int] = {}
         self._sources: frozenset[str] = frozenset()
+        # Flows of which a router has taken something, and has not said for long that it is safe; see `doubt`.
+        self._doubtful: dict[tuple[str, ...], str] = {}
         self.view = ClusterView()
         # Totals, for metrics.
         self.sent = 0
@@ -78,6 +80,9 @@ class Forwarder:
                 flow.queue.append(item)
             return None
         plan = self._strategy.locate(item.account, item.resource)
+        if self._doubtful and self._is_doubtful(item.flow, plan):
+            (flow or self._open(item.flow)).queue.append(item)
+            return None
         if (plan.decides or plan.nodes or flow is not None) and self._must_wait(flow, plan):
             (flow or self._open(item.flow)).queue.append(item)
             return None
@@ -99,7 +104,11 @@ class Forwarder:
 
     def is_here(self, key: tuple[str, ...], account: str, resource: str) -> bool:
         """Whether this router alone deals with a stanza, at once: then there is nothing to be kept in order."""
-        return key not in self._flows and self._strategy.locate(account, resource) is HERE
+        return (
+            key not in self._flows
+            and self._strategy.locate(account, resource) is HERE
+            and (not self._doubtful or key not in self._doubtful)
+        )
 
     def long(self, key: tuple[str, ...]) -> bool:
         """Whether so much waits in a flow, or so many flows of its sender are under way, that the sender should not
@@ -219,6 +228,8 @@ class Forwarder:
 
     def lost(self, sent: Sent) -> None:
         """The receiver is no more. Whether it had dealt with it cannot be known; it is sent another way."""
+        if sent.group is not None:
+            sent.item.missed = 0  # it has not been missed: who has its sessions next is asked for anew
         self._returned(sent, 0)
 
     def dropped(self, sent: Sent) -> None:
@@ -327,6 +338,19 @@ class Forwarder:
                 self.incoming(item, version, seen)
         for flow in list(self._flows.values()):
             self._settle(flow)
+
+    def doubt(self, doubtful: dict[tuple[str, ...], str]) -> None:
+        """Flows of which a router has taken something that it has not made safe for long, by that router: it may
+        stand still, and what it has taken may come back. Nothing goes past it until that is known."""
+        before, self._doubtful = self._doubtful, doubtful
+        for key, node in before.items():
+            if doubtful.get(key) != node and (flow := self._flows.get(key)) is not None:
+                self._settle(flow)
+
+    def _is_doubtful(self, key: tuple[str, ...], plan: Plan) -> bool:
+        """Whether something of a flow may come back from a router to which the plan does not go."""
+        node = self._doubtful.get(key)
+        return node is not None and node != plan.decides and node not in plan.nodes
 
     def give_up_waiting(self) -> None:
         """Called now and then: what came by a newer view and was waiting the last time goes back to who sent it."""
@@ -439,7 +463,7 @@ class Forwarder:
             plan = HERE
             if item.mode is Mode.DECIDE:
                 plan = self._strategy.locate(item.account, item.resource)
-                if self._must_wait(flow, plan):
+                if self._must_wait(flow, plan) or (self._doubtful and self._is_doubtful(flow.key, plan)):
                     return
             flow.queue.popleft()
             if plan.decides:

@@ -152,6 +152,8 @@ SessionHandler = Callable[[Session], Awaitable[None] | None]
 EndHandler = Callable[[Session, bool], Awaitable[None] | None]
 # The session, its presence as it was sent, and the type: '' or "unavailable".
 PresenceHandler = Callable[[Session, bytes, str], None]
+# The session, and the receiver; '' for all.
+DirectedHandler = Callable[[Session, str], None]
 AccountHandler = Callable[[Jid], Awaitable[None] | None]
 # The account and the content of a note; the answer, or None when this router has nothing to do with it.
 NoteHandler = Callable[[Jid, bytes], Awaitable[bytes | None] | bytes | None]
@@ -195,6 +197,12 @@ class RouterPort(Protocol):
     def in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Does something that nobody waits for. What it raises is logged; it is cut off when the router stops."""
 
+    def is_settled(self, account: str) -> bool:
+        """False while sessions of an account may be at a router that has died: neither taken over nor ended yet."""
+
+    async def settled(self, account: str) -> None:
+        """Waits until none is, some seconds at most."""
+
     async def account_exists(self, jid: Jid) -> bool: ...
 
     def delete_account(self, account: Jid) -> None:
@@ -222,6 +230,7 @@ class Hooks:
     session_available: list[SessionHandler] = field(default_factory=list)
     session_attached: list[SessionHandler] = field(default_factory=list)
     presence_changed: list[PresenceHandler] = field(default_factory=list)
+    directed_changed: list[DirectedHandler] = field(default_factory=list)
     session_ended: list[EndHandler] = field(default_factory=list)
     session_left: list[Callable[[Session], None]] = field(default_factory=list)
     notes: dict[str, NoteHandler] = field(default_factory=dict)
@@ -359,6 +368,12 @@ class Module:
         """For the module that handles presence: tells the others what a session has broadcast."""
         for handler in self._hooks.presence_changed:
             handler(session, raw, type_)
+
+    def announce_directed(self, session: Session, to: str) -> None:
+        """For the module that handles presence: a session has sent presence directly to somebody, or has taken it
+        back; `to` is '' when from all."""
+        for handler in self._hooks.directed_changed:
+            handler(session, to)
 
     async def announce_available(self, session: Session) -> None:
         """For the module that handles presence: tells the others that a session became available.

@@ -18,6 +18,8 @@ from tidings.xmpp.stanza import quoteattr, to_bytes
 
 # Whom one session may have sent presence directly: stops the list from becoming storage.
 MAX_DIRECTED = 1000
+# Probes that wait for sessions of dead routers; further ones are answered by what is known.
+MAX_WAITING = 10_000
 
 
 def load(module: Module) -> None:
@@ -37,6 +39,8 @@ class _Presence:
         self._module = module
         self._router = module.router
         self._rosters = module.router.store(Rosters)
+        # Probes that wait for sessions of dead routers.
+        self._waiting = 0
 
     # --- what sessions send ---
 
@@ -118,7 +122,10 @@ class _Presence:
         if session.presence is None and not session.directed:
             return True
         roster = await self._rosters.of(session.jid.bare, self._router)
+        directed = session.directed
         self._end(session, roster, raw)
+        if directed:
+            self._module.announce_directed(session, "")
         return True
 
     def _end(self, session: Session, roster: Roster, raw: bytes) -> None:
@@ -148,12 +155,16 @@ class _Presence:
     def _directed(self, session: Session, stanza: Stanza) -> None:
         """4.6: remembered, so that the receiver is told of the end."""
         to = str(stanza.to)
-        if stanza.type == "unavailable":
+        available = stanza.type == ""
+        if (to in session.directed) is available:
+            return
+        if not available:
             session.directed.discard(to)
         elif len(session.directed) < MAX_DIRECTED:
             session.directed.add(to)
         else:
             raise StanzaError("policy-violation", "presence was sent directly to too many")
+        self._module.announce_directed(session, to)
 
     def _broadcast(self, session: Session, roster: Roster, raw: bytes, type_: str) -> None:
         """4.2.2, 4.4.2, 4.5.2: to the contacts that may see it, and to the account's own sessions."""
@@ -257,11 +268,31 @@ class _Presence:
             if item is None or not sees_us(item.subscription):
                 self._route(account, str(asker.bare), "unsubscribed")
                 return True
+        await self._answer(account, asker)
+        return True
+
+    async def _answer(self, account: Jid, asker: Jid) -> None:
+        """With the presence of each session. While some may be at a router that has died, the answer waits until they
+        are taken over or ended; nothing else does."""
+        if not self._router.is_settled(str(account)) and self._waiting < MAX_WAITING:
+            self._waiting += 1
+            self._router.in_background(self._answer_later(account, asker), "answer to a probe")
+            return
         shown = self._show(account, str(asker))
         elsewhere = await self._module.ask(str(account), b"show " + str(asker).encode())
         if not shown and not elsewhere:
-            self._route(account, str(asker), "unavailable")
-        return True
+            if self._router.is_settled(str(account)):
+                self._route(account, str(asker), "unavailable")
+            else:
+                # A router that was asked has died meanwhile.
+                await self._answer(account, asker)
+
+    async def _answer_later(self, account: Jid, asker: Jid) -> None:
+        try:
+            await self._router.settled(str(account))
+        finally:
+            self._waiting -= 1
+        await self._answer(account, asker)
 
     # --- what the same module in other routers says ---
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tidings.cluster.forwarding import MAX_OUTSTANDING, Forwarder, Item, Mode, Pending, Sent
 from tidings.cluster.node import Node, NodeState
-from tidings.cluster.strategy import Plan
+from tidings.cluster.strategy import HERE, Plan
 from tidings.cluster.view import ClusterView
 
 
@@ -182,3 +182,48 @@ def test_what_came_by_a_newer_view_is_given_back_after_a_while_but_no_note() -> 
     assert answered == [], "they have only just come"
     forwarder.give_up_waiting()
     assert answered == [("stanza", False)]
+
+
+class Waits:
+    """Somebody who waits until a message is safe."""
+
+    def __init__(self) -> None:
+        self.things = 1
+
+    def expect(self) -> None:
+        self.things += 1
+
+    def settle(self) -> None:
+        self.things -= 1
+
+
+def test_what_may_come_back_from_a_silent_router_goes_before_what_goes_elsewhere() -> None:
+    """A router has taken a message and stands still before that is safe; then its receiver is at another one."""
+    forwarder, port = forwarding(Plan(decides="a"))
+    first = item(1)
+    first.waiter = Waits()
+    forwarder.run(first)
+    sent = port.sent[0][2]
+    forwarder.taken(sent)
+    forwarder.doubt({first.flow: "a"})
+    forwarder.run(item(2))
+    assert port.of("a") == [1, 2], "to the same router it goes at once"
+    port.answers("a", 2, taken=True)
+    forwarder._strategy.plan = Plan(decides="b")  # type: ignore[attr-defined]
+    forwarder.run(item(3))
+    forwarder.run(item(4, "nurse@example.org"))
+    assert port.of("b") == [4]
+    forwarder.again([sent])
+    forwarder.doubt({})
+    assert port.of("b") == [4, 1, 3]
+
+
+def test_nothing_is_dealt_with_here_while_what_went_before_may_come_back() -> None:
+    forwarder, port = forwarding(HERE)
+    forwarder.doubt({item(1).flow: "a"})
+    assert not forwarder.is_here(item(1).flow, "juliet@example.org", "")
+    forwarder.run(item(1))
+    assert port.decided == []
+    forwarder.doubt({})
+    assert port.decided == [1]
+    assert forwarder.is_here(item(1).flow, "juliet@example.org", "")

@@ -21,6 +21,8 @@ from services.connector.router_link import RouterLinks
 from services.connector.streams import Streams
 from services.router.app import Router
 from services.router.authentication import derive_all
+from services.router.messages import LOOK
+from services.router.messages_sql import SqlMessageStore
 from services.router.sessions import Session
 from services.router.store import SessionRow
 from services.router.store_sql import SqlAccountStore
@@ -411,6 +413,16 @@ class Nodes:
             return session is not None and (one != router or not session.moving)
 
         await soon(lambda: [one for one in self.routers if has(one)] == [router], f"{name} is at {router}")
+
+    async def waiting(self, name: str, count: int) -> None:
+        """Waits until just so many messages wait for an account, by the database."""
+        account, found, store = Jid(name, HOST, ""), -1, SqlMessageStore(self.databases[""])
+        try:
+            async with asyncio.timeout(5.0):
+                while (found := await store.pending_count(account)) != count:
+                    await asyncio.sleep(LOOK)
+        except TimeoutError:
+            raise AssertionError(f"not in time: {count} messages wait for {name}, but {found}") from None
 
     async def rows(self, name: str) -> list[SessionRow]:
         return await self.table.of_account(Jid(name, HOST, ""))

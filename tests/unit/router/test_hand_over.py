@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.router.adoption import in_order
-from tests.unit.router.nodes import DRAINING, HOST, UP, Client, at_home, running, soon
+from services.router.adoption import in_order, tell
+from tests.unit.router.nodes import DRAINING, HOST, UP, Client, at_home, at_once, away, running, soon
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import MESSAGE, PRESENCE
 
@@ -107,6 +107,34 @@ async def test_what_belongs_to_a_session_goes_with_it(tmp_path: Path) -> None:
         assert after.epoch == before.epoch + 1
         assert after.interested
         assert "unavailable" not in romeo.written, "nobody sees presence"
+
+
+async def test_what_was_confirmed_is_not_given_again_where_the_session_goes_before_that_is_written(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a")
+        juliet = await nodes.client(at_home("juliet", ab="b"))
+        romeo = await nodes.client(at_home("romeo", ab="a"))
+        juliet.send("<enable xmlns='urn:xmpp:sm:3'/>")
+        await juliet.until("<enabled")
+        for number in (1, 2):
+            romeo.say(f"{juliet.name}@{HOST}/r", number)
+        await juliet.until("<body>2</body>")
+        await nodes.waiting(juliet.name, 2)
+        nodes.databases["a"].before = away
+        juliet.send("<a xmlns='urn:xmpp:sm:3' h='2'/>")
+        nodes.tell(a=UP, b=UP)
+        await nodes.is_at("b", juliet.name)
+        session = nodes.session("b", juliet.name)
+        assert session is not None
+        # What is stored for her is read there.
+        await tell(nodes.routers["b"]._reattachment._hooks.session_available, session)
+        romeo.say(f"{juliet.name}@{HOST}/r", 3)
+        await juliet.until("<body>3</body>")
+        assert juliet.numbers() == [1, 2, 3]
+        nodes.databases["a"].before = at_once
+        await nodes.waiting(juliet.name, 1)
 
 
 async def test_an_answer_that_comes_late_answers_no_later_question(

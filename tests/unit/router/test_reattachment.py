@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.router.nodes import HOST, Client, Nodes, at_home, running, soon
+from tests.unit.router.nodes import HOST, Client, Nodes, at_home, away, running, soon
 
 SM = "urn:xmpp:sm:3"
 
@@ -30,6 +30,24 @@ async def killed(nodes: Nodes, name: str, *clients: Client) -> None:
     for client in clients:
         client.written = ""
     await nodes.kill(name)
+
+
+async def enabled(client: Client) -> str:
+    """The client may resume; by what it names its session then."""
+    client.send(f"<enable xmlns='{SM}' resume='true'/>")
+    await client.until("<enabled")
+    return str(re.findall("<enabled[^>]* id=[\"']([^\"']+)", client.written)[0])
+
+
+async def resumed(nodes: Nodes, client: Client, previous: str, h: int) -> Client:
+    """The client comes back with another stream, and has had so much."""
+    again = Client(nodes, client.name)
+    await again.open("<mechanisms")
+    await again.authenticate()
+    await again.open("<bind")
+    again.send(f"<resume xmlns='{SM}' previd='{previous}' h='{h}'/>")
+    await again.until("<resumed")
+    return again
 
 
 def h_of(client: Client) -> list[int]:
@@ -104,9 +122,7 @@ async def test_what_a_dead_router_had_stored_and_not_delivered_comes_first(tmp_p
 
 async def test_a_session_that_waits_for_its_client_goes_on_waiting_elsewhere(tmp_path: Path) -> None:
     async with pair(tmp_path) as (nodes, romeo, juliet):
-        romeo.send(f"<enable xmlns='{SM}' resume='true'/>")
-        await romeo.until("<enabled")
-        previous = re.findall("<enabled[^>]* id=[\"']([^\"']+)", romeo.written)[0]
+        previous = await enabled(romeo)
         juliet.say(f"{romeo.name}@{HOST}/r", 1)
         await romeo.until("<body>1</body>")
         romeo.disconnect()
@@ -116,15 +132,32 @@ async def test_a_session_that_waits_for_its_client_goes_on_waiting_elsewhere(tmp
         await killed(nodes, "a", juliet)
         await nodes.is_at("b", romeo.name)
         juliet.say(f"{romeo.name}@{HOST}/r", 3)
-        again = Client(nodes, romeo.name)
-        await again.open("<mechanisms")
-        await again.authenticate()
-        await again.open("<bind")
-        again.send(f"<resume xmlns='{SM}' previd='{previous}' h='1'/>")
-        await again.until("<resumed")
+        again = await resumed(nodes, romeo, previous, h=1)
         await again.until("<body>3</body>")
         assert again.numbers() == [2, 3]
         assert "<presence" not in juliet.written
+
+
+async def test_what_was_confirmed_before_a_copy_began_and_is_not_written_is_neither_given_again_nor_waits(
+    tmp_path: Path,
+) -> None:
+    """Juliet confirms two messages when she resumes; her router dies before the database is told."""
+    async with pair(tmp_path) as (nodes, romeo, juliet):
+        previous = await enabled(juliet)
+        for number in (1, 2):
+            romeo.say(f"{juliet.name}@{HOST}/r", number)
+        await juliet.until("<body>2</body>")
+        await nodes.waiting(juliet.name, 2)
+        nodes.databases["b"].before = away
+        nodes.prefers = "b"
+        juliet.disconnect()
+        again = await resumed(nodes, juliet, previous, h=2)
+        await nodes.kill("b")
+        await nodes.is_at("a", juliet.name)
+        await nodes.waiting(juliet.name, 0)
+        romeo.say(f"{juliet.name}@{HOST}/r", 3)
+        await again.until("<body>3</body>")
+        assert again.numbers() == [3]
 
 
 async def test_a_copy_that_has_grown_old_is_refused(tmp_path: Path) -> None:

@@ -3,15 +3,21 @@ its numbers, whatever of it the dead router had dealt with."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.connector.session_copy import Sent as Copied
 from services.connector.session_copy import SessionCopy
+from services.router import copies
+from services.router.messages_memory import MemoryMessageStore
 from services.router.session_record import record_of, session_of, state_of
 from services.router.sessions import Session
+from services.router.store_memory import MemorySessionTable
 from tidings.api.common.v1.session_pb2 import SessionRecord
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import SessionProgress
@@ -155,3 +161,110 @@ def test_what_the_client_has_not_confirmed_is_in_the_copy_until_that_is_written(
     assert [number for number, _ in session.outbound.queue] == [3]
     assert (session.outbound.sent, session.outbound.acknowledged) == (3, 2)
     assert (session.taken, session.since) == ({"j": 13}, {"j": 11})
+
+
+class Receiver(Pair):
+    """A session that gets messages, named by their deliveries; its holder is told at once what is written."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self._counts = counts
+        if counts:
+            self.enable()
+        nothing_of_these: Any = None
+        self._copies = copies.Copies("r1", nothing_of_these, nothing_of_these, nothing_of_these, nothing)
+        # What the store was told that it is confirmed, and what of that is written.
+        self._told: set[int] = set()
+        self.written: set[int] = set()
+        self._marks = self._copies.tell_marked(MemoryMessageStore(MemorySessionTable()))
+        self._marks.send(None)
+        self._is_held()
+
+    def _is_held(self) -> None:
+        holder: Any = self
+        self.session.holder = holder
+
+    def progress(self, _session: Session | None = None) -> None:
+        super().progress()
+
+    def deliver(self) -> None:
+        outbound = self.session.outbound
+        outbound.sent += 1
+        envelope = Envelope(kind=MESSAGE, origin="j", number=outbound.sent, delivery=outbound.sent)
+        outbound.keep(envelope if self._counts else b"%d" % outbound.sent)
+        self.copy.delivered(envelope, b"<message/>")
+
+    def confirm(self) -> None:
+        """The client has half of what it has not confirmed."""
+        outbound = self.session.outbound
+        self._confirmed(outbound.confirm(outbound.acknowledged + (outbound.sent - outbound.acknowledged + 1) // 2))
+
+    def _confirmed(self, what: Iterable[Envelope | bytes]) -> None:
+        """As Safety does it."""
+        found = names(what)
+        self._told |= found
+        self._copies.confirmed(self.session, [b"%d" % name for name in sorted(found)])
+
+    def write(self) -> None:
+        self.written |= self._told
+        # Nothing waits in the store, so all that it waits for is its turn.
+        self._marks.send(None)
+
+    def begin(self) -> None:
+        """Another connector gets the copy."""
+        self.copy = SessionCopy("r1")
+        self.copy.begin(record_of(self.session, ()), b"")
+
+    def die(self) -> None:
+        """The router: another one goes on from the copy."""
+        self.session, _ = self.taken_over()
+        outbound = self.session.outbound
+        if not self._counts:
+            outbound.queue = deque((number, b"%d" % number) for number, _ in outbound.queue)
+        self._told &= self.written
+        self._confirmed(id_ for _, id_ in self.session.unmarked)
+        self._is_held()
+        self.copy.attached(b"", "r1")
+
+
+def names(what: Iterable[Envelope | bytes]) -> set[int]:
+    return {int(one) if isinstance(one, bytes) else one.number for one in what}
+
+
+def after(counts: bool, steps: list[str]) -> Receiver:
+    receiver = Receiver(counts)
+    for step in steps:
+        getattr(receiver, step)()
+    return receiver
+
+
+RECEIVED = st.lists(st.sampled_from(["deliver", "deliver", "confirm", "write", "begin", "die"]), max_size=30)
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["0198", "plain"])
+@settings(max_examples=500, deadline=None)
+@example(["deliver", "confirm", "begin"])
+@given(steps=RECEIVED)
+def test_no_router_forgets_what_was_confirmed_before_that_is_written(counts: bool, steps: list[str]) -> None:
+    """It would give it again. And it takes nothing for confirmed that is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copies, "MARKED", 0)
+        receiver = after(counts, steps)
+    unconfirmed = names(what for _, what in receiver.session.outbound.queue)
+    delivered = set(range(1, receiver.session.outbound.sent + 1))
+    session, _ = receiver.taken_over()
+    had, confirmed = names(what for _, what in session.outbound.queue), names(id_ for _, id_ in session.unmarked)
+    assert unconfirmed <= had, "it asks for their confirmation"
+    assert delivered - receiver.written <= had | confirmed, "it gives none of them again"
+    assert not confirmed & unconfirmed, "it lets none of them go"
+
+
+@pytest.mark.parametrize(("steps", "unmarked"), [(["begin"], {2}), (["write", "begin"], set())])
+def test_a_copy_that_begins_has_what_is_confirmed_until_that_is_written(
+    monkeypatch: pytest.MonkeyPatch, steps: list[str], unmarked: set[int]
+) -> None:
+    monkeypatch.setattr(copies, "MARKED", 0)
+    receiver = after(True, ["deliver", "confirm", "write", "deliver", "deliver", "confirm", *steps])
+    session, _ = receiver.taken_over()
+    assert names(id_ for _, id_ in session.unmarked) == unmarked
+    assert [number for number, _ in session.outbound.queue] == [3]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.router import deliveries, read_back
+from services.router import deliveries, held, read_back
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.session_record import record_of, session_of
 from services.router.sessions import Session
@@ -211,7 +211,7 @@ async def test_a_session_that_comes_to_much_that_waits_gets_it_as_it_confirms(ro
 async def test_a_flood_of_what_is_in_no_store_ends_a_session_that_is_behind(
     router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deliveries, "MAX_HELD", 20)
+    monkeypatch.setattr(held, "MAX_HELD", 20)
     ended: list[Session] = []
     router.routing.deliveries.on_full = ended.append
     romeo, juliet = await router.session("romeo"), await juliet_at(router)

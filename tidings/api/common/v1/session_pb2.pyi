@@ -158,7 +158,9 @@ class SessionRecord(google.protobuf.message.Message):
 
     @property
     def unconfirmed_messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UnconfirmedMessage]:
-        """Of a client that does not count: messages that it has not confirmed. `delivery` by rising numbers, and the id."""
+        """Messages by their ids, `delivery` by rising numbers. Of a client that does not count: those that it has not
+        confirmed. Of any: those that it has (`delivery` is not above `acknowledged`), while that may not be written yet.
+        """
 
     @property
     def notes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:

@@ -647,9 +647,15 @@ global___ForgetSession = ForgetSession
 class SurrenderSession(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    ROUTER_INCARNATION_FIELD_NUMBER: builtins.int
+    router_incarnation: builtins.str
+    """The router that has the session and does not answer: what is another one's by now is not given."""
     def __init__(
         self,
+        *,
+        router_incarnation: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["router_incarnation", b"router_incarnation"]) -> None: ...
 
 global___SurrenderSession = SurrenderSession
 

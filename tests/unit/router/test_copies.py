@@ -1,0 +1,162 @@
+"""Which connector holds the copy of a session, and what becomes of what waits for it (services/router/copies.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from services.router import copies
+from services.router.copies import Copies
+from services.router.iq_deadlines import IqDeadlines
+from services.router.sessions import Session, Sessions, when_copied
+from services.router.tickets import Tickets
+from tests.unit.router.nodes import soon
+from tidings.cluster.node import Node, NodeState
+from tidings.cluster.view import ClusterView
+from tidings.kit.tasks import Tasks
+from tidings.xmpp.jid import Jid
+
+OWN = "router on a"
+
+
+class Link:
+    """A connector, as the router sees it: `confirm` says that it has all that it was sent."""
+
+    local = False
+
+    def __init__(self, incarnation: str) -> None:
+        self.incarnation = incarnation
+        self.over = False
+        self.handling: object | None = object()
+        self.held: list[Session] = []
+        self.forgotten: list[Session] = []
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def hold(self, session: Session) -> None:
+        session.holder = self  # type: ignore[assignment]
+        self.held.append(session)
+
+    def forget(self, session: Session) -> None:
+        self.forgotten.append(session)
+
+    def when_copied(self, then: Callable[[], None]) -> None:
+        self._waiting.append(then)
+
+    def confirm(self) -> None:
+        while self._waiting:
+            self._waiting.popleft()()
+
+    def end(self) -> None:
+        self.over, self.handling = True, None
+        self.confirm()
+
+
+class House:
+    """One router's copies, with connectors on three hosts; the router is on the first."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        nodes = [Node(OWN, OWN, "127.0.0.1", 1, ("router",), NodeState.UP, host="a")]
+        nodes += [Node(name, name, "127.0.0.1", 1, ("connector",), NodeState.UP, host=name) for name in "abc"]
+        view = ClusterView(1, nodes)
+        self.here, self.b, self.c = Link("a"), Link("b"), Link("c")
+        self.present = [self.here, self.b, self.c]
+        self.raised: list[Session] = []
+        deadlines = IqDeadlines(Sessions, lambda _session, _envelope: None)
+        self.copies = Copies(OWN, Tickets(), deadlines, lambda: view, tasks.spawn)
+        self.copies.links = lambda: self.present  # type: ignore[assignment,return-value]
+        self.copies.keep = self._raise
+        self.sessions = Sessions()
+
+    async def _raise(self, session: Session) -> bool:
+        self.raised.append(session)
+        return True
+
+    def session(self, link: Link) -> Session:
+        """One that may be resumed, and whose stream is at a connector."""
+        session = Session(Jid.parse("romeo@example.org/r"), "en", link, 1, lambda _work, _name: None)  # type: ignore[arg-type]
+        session.resume_seconds = 300
+        self.sessions.add(session)
+        self.copies.served(session, link)  # type: ignore[arg-type]
+        return session
+
+    def others(self, session: Session) -> tuple[Link, Link]:
+        """Who holds the copy, and who of the other two hosts does not."""
+        return (self.b, self.c) if session.holder is self.b else (self.c, self.b)  # type: ignore[comparison-overlap]
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    tasks = Tasks()
+    yield House(tasks)
+    await tasks.stop()
+
+
+async def test_a_holder_that_says_nothing_is_replaced_and_what_has_waited_goes_on_behind_the_next_one(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "LOOK", 0.01)
+    monkeypatch.setattr(copies, "SILENT", 0.05)
+    session = house.session(house.here)
+    silent, other = house.others(session)
+    gone_on: list[int] = []
+    for number in (1, 2):
+        when_copied(session, silent, lambda number=number: gone_on.append(number))  # type: ignore[arg-type,misc]
+    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
+    await soon(lambda: session.holder is other, "the other one holds it")
+    running.cancel()
+    assert (silent.forgotten, other.held) == ([session], [session])
+    assert gone_on == [], "the next one does not have it yet"
+    silent.confirm()
+    assert gone_on == [], "that one's word counts no more"
+    other.confirm()
+    assert gone_on == [1, 2]
+    await soon(lambda: house.raised == [session], "its copy counts no more")
+
+
+async def test_when_nobody_else_is_there_what_has_waited_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "LOOK", 0.01)
+    monkeypatch.setattr(copies, "SILENT", 0.05)
+    house.present.remove(house.c)
+    session = house.session(house.here)
+    assert session.holder is house.b  # type: ignore[comparison-overlap]
+    gone_on: list[int] = []
+    when_copied(session, house.b, lambda: gone_on.append(1))  # type: ignore[arg-type]
+    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
+    await soon(lambda: gone_on == [1], "it goes on")
+    running.cancel()
+
+
+async def test_the_connector_of_the_stream_is_never_asked_to_hold_the_copy_as_another_one(house: House) -> None:
+    """It would take what the client has sent, and what is copied to it, for something to be written to the client."""
+    house.present = [house.here]
+    session = house.session(house.here)
+    assert session.holder is house.here, "it has a copy in any case"  # type: ignore[comparison-overlap]
+    house.copies.cover(session)
+    assert house.here.held == []
+
+
+async def test_a_connector_that_ends_before_it_has_forgotten_a_copy_has_not_said_so(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "FORGET_TIMEOUT", 0.01)
+    session = house.session(house.here)
+    silent, other = house.others(session)
+    house.copies.served(session, other)  # type: ignore[arg-type]
+    assert silent.forgotten == [session]
+    silent.end()
+    await soon(lambda: house.raised == [session], "its copy counts no more")
+
+
+async def test_a_holder_that_cannot_be_reached_is_not_kept_for_a_stream_that_resumes(house: House) -> None:
+    session = house.session(house.here)
+    cut, other = house.others(session)
+    cut.handling = None
+    house.copies.served(session, house.here)  # type: ignore[arg-type]
+    assert session.holder is other
+    await soon(lambda: house.raised == [session], "its copy counts no more")
