@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from services.router.held import before, by_sender, is_long, keep, keep_answer, own_copy
+from services.router.held import before, by_sender, is_behind, is_long, keep, keep_answer, own_copy
 from services.router.iq_deadlines import IqDeadlines
 from services.router.sessions import BEHIND, Session, Sessions, when_copied
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -89,7 +89,9 @@ class Deliveries:
             self._put_behind(session, self.fall_behind(session), envelope)
         elif session.early is not None:
             keep(session, session.early, envelope)
-        elif session.held is not None and (session.holds or envelope.kind == MESSAGE):
+        elif session.held is not None and (
+            session.holds or envelope.kind == MESSAGE or is_behind(envelope, session.held)
+        ):
             # Whether a message is new is seen when its turn comes: what is stored goes first, and has lower numbers.
             keep(session, session.held, envelope)
         elif self._is_new(session, envelope):

@@ -48,6 +48,11 @@ def is_long(queue: deque[Envelope], most: int, most_bytes: int) -> bool:
     return count > 0 and count % WEIGHED == 0 and sum(len(one.stanza) for one in queue) >= most_bytes
 
 
+def is_behind(envelope: Envelope, held: Iterable[Envelope]) -> bool:
+    """Whether something of the same sender is held back: its numbers rise, so nothing of it may go past that."""
+    return bool(envelope.number) and any(one.origin == envelope.origin for one in held)
+
+
 def by_sender(held: Iterable[Envelope]) -> dict[str, deque[Envelope]]:
     """The messages among what is held back that have numbers, of each sender in order."""
     senders: dict[str, deque[Envelope]] = {}

@@ -17,7 +17,7 @@ from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_o
 from services.router.sessions import Session
 from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, message, presence, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.kit.module import MESSAGE, NONZA
+from tidings.kit.module import MESSAGE, NONZA, PRESENCE
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stream_management import ACK
 
@@ -222,3 +222,35 @@ async def test_when_all_that_a_client_has_sent_is_dealt_with_its_presence_is_wai
     juliet, may = await held_up(router, monkeypatch)
     may.set()
     await until(lambda: got(router, juliet) == ["2"])
+
+
+async def test_what_is_no_message_does_not_go_past_a_message_of_the_same_sender_that_is_held(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of one sender rise over all that it sends: the message would be taken for one that was had."""
+    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 0.01)
+    romeo, nurse = await router.session("romeo"), await router.session("nurse")
+    juliet = await bound(router)
+    await send(router, romeo, "1", juliet.jid)
+    await router.send(romeo, presence(juliet.jid_text))
+    await router.send(nurse, presence(juliet.jid_text))
+    juliet.inbound.number = 1
+    await until(lambda: len(router.link.of(juliet)) == 3)
+    assert [(envelope.kind, envelope.from_jid) for envelope in router.link.of(juliet)] == [
+        (PRESENCE, nurse.jid_text),
+        (MESSAGE, romeo.jid_text),
+        (PRESENCE, romeo.jid_text),
+    ]
+
+
+async def test_a_client_that_has_sent_nothing_yet_is_waited_for_a_little_longer(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not have been told yet that it is bound."""
+    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 0.01)
+    romeo, juliet = await router.session("romeo"), await bound(router)
+    first = juliet.settling
+    await send(router, romeo, "1", juliet.jid)
+    await until(lambda: juliet.settling is not first)
+    assert got(router, juliet) == []
+    await until(lambda: got(router, juliet) == ["1"])
