@@ -69,6 +69,8 @@ class Adoption:
         spawn: Callable[[Any, str], Any],
     ) -> None:
         self._sessions = sessions
+        # The routers that live, as the view says.
+        self._living: frozenset[str] | None = None
         self._binding = binding
         self._routing = routing
         self._tickets = tickets
@@ -157,6 +159,9 @@ class Adoption:
         arrival.given.extend(request.held)
         self._wait(session, arrival, GIVE_TIMEOUT)
         self.adopted += 1
+        if self._living is not None and giver not in self._living:
+            # It has gone while the row was moved.
+            self._is_whole(session, arrival)
 
     # --- what it waits for ---
 
@@ -179,7 +184,7 @@ class Adoption:
 
     def view_changed(self, view: ClusterView) -> None:
         """Routers that are gone give nothing more."""
-        alive = {node.incarnation for node in view.living_routers()}
+        alive = self._living = frozenset(node.incarnation for node in view.living_routers())
         for id_, arrival in list(self._arrivals.items()):
             session = self._sessions.get(id_)
             if session is not None and not arrival.whole and arrival.giver not in alive:

@@ -47,7 +47,7 @@ T = TypeVar("T")
 RETRY = 0.5
 # Seconds after which a router that stands still, or is cut off, is put out or has woken; and in which its last commit
 # is done.
-SILENT = 15.0
+SILENT = 6.0
 WRITTEN = 1.0
 # Sessions that are taken over at one time.
 AT_ONCE = 32

@@ -89,8 +89,10 @@ def session_of(
     outbound.acknowledged = session.marked = record.acknowledged
     outbound.base = record.sent_before_counting
     queue: list[tuple[int, Envelope | bytes]] = [(one.delivery, one) for one in record.unacknowledged]
+    # What came before <enable/> is confirmed with the first stanza that counts, not by the number.
+    confirmed = record.acknowledged if record.acknowledged > outbound.base else 0
     for one in record.unconfirmed_messages:
-        (queue if one.delivery > record.acknowledged else session.unmarked).append((one.delivery, one.id))
+        (queue if one.delivery > confirmed else session.unmarked).append((one.delivery, one.id))
     if queue:
         # It came in one message, which is no longer than the queue itself.
         outbound.queue = deque(sorted(queue, key=lambda entry: entry[0]))

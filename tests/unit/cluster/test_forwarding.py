@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from tidings.cluster.forwarding import MAX_OUTSTANDING, Forwarder, Item, Mode, Pending, Sent
 from tidings.cluster.node import Node, NodeState
 from tidings.cluster.strategy import HERE, Plan
@@ -143,6 +145,22 @@ def test_what_a_full_link_drops_is_an_error_for_its_sender_and_no_loop() -> None
     assert port.errors == [0]
     assert port.of("a") == [0]
     assert len(forwarder) == 0
+
+
+@pytest.mark.parametrize(("died", "missed"), [(True, 1), (False, 3)], ids=["died", "refused"])
+def test_a_copy_has_been_missed_by_who_refuses_it_and_not_by_who_has_died(died: bool, missed: int) -> None:
+    """It went where the table said. Who takes the sessions over is found by asking again; who refuses has none."""
+    forwarder, port = forwarding(HERE)
+    copied = item(0)
+    copied.missed = 2
+    forwarder.copies(copied, Plan(nodes=("b",)), False)
+    ((_, _, sent),) = port.sent
+    if died:
+        forwarder.lost(sent)
+    else:
+        forwarder.refused(sent, 0)
+    assert port.decided == [0]
+    assert copied.missed == missed
 
 
 def test_who_has_something_under_way_is_known_until_it_is_dealt_with() -> None:

@@ -290,11 +290,12 @@ class Nodes:
         self._owners: dict[str, Tasks] = {}
         connector = Node("front", "front", "127.0.0.1", 1, ("connector",), UP)
         self.members["front"] = Membership(connector)
+        # The router where streams go, while the connector has a link to it.
         self.prefers = ""
         self.streams = Streams(
             self._choose,
             lambda router: self._links.to(router),
-            lambda router: self._links.other(router),
+            self._other,
             lambda router: self._links.now(router),
             Addresses(0),
             self.tasks.spawn,
@@ -309,6 +310,11 @@ class Nodes:
 
     def _choose(self, stream: ClientStream) -> Any:
         return self._links._links.get(self.prefers) or self._links.choose(stream)
+
+    async def _other(self, router: str) -> Any:
+        """Where a stream goes when its router is gone."""
+        preferred = self._links._links.get(self.prefers) if self.prefers != router else None
+        return preferred or await self._links.other(router)
 
     def _database(self) -> UnsureDatabase:
         return UnsureDatabase(self._folder / "database.sqlite")
@@ -423,6 +429,17 @@ class Nodes:
                     await asyncio.sleep(LOOK)
         except TimeoutError:
             raise AssertionError(f"not in time: {count} messages wait for {name}, but {found}") from None
+
+    async def moves(self, name: str, to: str) -> None:
+        """Waits until the table says that an account's session is at a router; whether it is there yet or not."""
+        async with asyncio.timeout(5.0):
+            while [row.router for row in await self.rows(name)] != [to]:
+                await asyncio.sleep(LOOK)
+
+    def is_waited_for(self, router: str, name: str) -> bool:
+        """Whether something waits at a router for a session that is arriving there."""
+        arrival = self.routers[router].sessions.arrival(f"{name}@{HOST}")
+        return arrival is not None and len(arrival._waiters) > 0
 
     async def rows(self, name: str) -> list[SessionRow]:
         return await self.table.of_account(Jid(name, HOST, ""))

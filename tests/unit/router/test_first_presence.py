@@ -15,7 +15,7 @@ from services.router.messages import Done, Message
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
-from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, message, presence, until
+from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, presence, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import MESSAGE, NONZA, PRESENCE
 from tidings.xmpp.jid import Jid
@@ -194,6 +194,7 @@ async def held_up(router: MemoryRouter, monkeypatch: pytest.MonkeyPatch) -> tupl
     async def slow() -> None:
         await may.wait()
 
+    assert router.safety.accept(juliet, iq("get", "slow", HOST, "{x}y"))
     juliet.lane.run(slow)
     first = juliet.settling
     await send(router, romeo, "1", JULIET)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.router import adoption, hand_over, peers
-from tests.unit.router.nodes import UP, Client, Nodes, at_home, at_once, away, running, soon
+from tests.unit.router.nodes import DRAINING, UP, Client, Nodes, at_home, at_once, away, running, soon
 
 
 def once(then: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
@@ -166,3 +166,30 @@ async def test_what_waits_for_a_session_that_nobody_attaches_is_stored(
         again = Client(nodes, juliet.name)
         await again.log_in()
         await soon(lambda: again.numbers() == [0, 1, 2], "what was stored, in order")
+
+
+@pytest.mark.parametrize("strategy", ["home", "online-users", "broadcast"])
+async def test_what_is_for_a_session_that_is_just_being_adopted_waits_for_it(tmp_path: Path, strategy: str) -> None:
+    """The router that gives it has died, so that the other one has it as soon as the table says so."""
+    async with running(tmp_path, "a", "b", "c", strategy=strategy) as nodes:
+        await nodes.up("a", "b", "c")
+        romeo = await nodes.client(at_home("romeo", abc="a", ac="a"), "a")
+        juliet = await nodes.client(at_home("juliet", abc="b", ac="c"), "b")
+        arrived = asyncio.Event()
+
+        async def late() -> None:
+            await arrived.wait()
+
+        nodes.databases["c"].behind = late
+        nodes.tell(a=UP, b=DRAINING, c=UP)
+        nodes.tasks.spawn(nodes.routers["b"].drain(), "drain")
+        await nodes.moves(juliet.name, "c")
+        await nodes.kill("b")
+        romeo.send(f"<iq type='get' id='q' to='{juliet.name}@example.org/r'><query xmlns='jabber:iq:version'/></iq>")
+        await soon(lambda: nodes.is_waited_for("c", juliet.name) or "<iq" in romeo.written, "it waits")
+        assert "<iq" not in romeo.written, "it is not refused"
+        arrived.set()
+        await soon(lambda: nodes.session("c", juliet.name) is not None, "the session comes")
+        session = nodes.session("c", juliet.name)
+        assert session is not None
+        await soon(lambda: [one.id for one in session.early or ()] == ["q"], "it has the request")

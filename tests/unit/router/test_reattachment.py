@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ import pytest
 from tests.unit.router.nodes import HOST, Client, Nodes, at_home, away, running, soon
 
 SM = "urn:xmpp:sm:3"
+QUERY = "<query xmlns='jabber:iq:version'/>"
 
 
 @asynccontextmanager
@@ -158,6 +160,33 @@ async def test_what_was_confirmed_before_a_copy_began_and_is_not_written_is_neit
         romeo.say(f"{juliet.name}@{HOST}/r", 3)
         await again.until("<body>3</body>")
         assert again.numbers() == [3]
+
+
+@pytest.mark.parametrize("strategy", ["home", "online-users", "broadcast"])
+async def test_what_is_for_a_session_that_is_just_being_taken_over_waits_for_it(
+    tmp_path: Path, strategy: str
+) -> None:
+    """The table says already where it is; another router, or that one itself, finds it there."""
+    async with running(tmp_path, "a", "b", "c", strategy=strategy) as nodes:
+        await nodes.up("a", "b", "c")
+        romeo = await nodes.client(at_home("romeo", abc="a", ac="a"), "a")
+        juliet = await nodes.client(at_home("juliet", abc="b", ac="c"), "b")
+        arrived = asyncio.Event()
+
+        async def late() -> None:
+            await arrived.wait()
+
+        nodes.databases["c"].behind = late
+        nodes.prefers = "c"
+        await nodes.kill("b")
+        await nodes.moves(juliet.name, "c")
+        assert nodes.session("c", juliet.name) is None
+        romeo.send(f"<iq type='get' id='q' to='{juliet.name}@{HOST}/r'>{QUERY}</iq>")
+        await soon(lambda: nodes.is_waited_for("c", juliet.name) or "<iq" in romeo.written, "it waits")
+        assert "<iq" not in romeo.written, "it is not refused"
+        arrived.set()
+        await juliet.until("jabber:iq:version")
+        assert "<iq" not in romeo.written
 
 
 async def test_a_copy_that_has_grown_old_is_refused(tmp_path: Path) -> None:

@@ -191,3 +191,17 @@ async def test_while_the_database_is_away_no_time_passes(attached: Attached) -> 
     await until(lambda: asked == 1)
     await resume(attached, juliet, 0)
     assert answer(attached).startswith(b"<resumed ")
+
+
+async def test_a_session_that_another_router_has_taken_over_is_not_resumed_here(attached: Attached) -> None:
+    """That one could not reach this router, which does not know yet: what it has of the session is old."""
+    juliet = await resumable(attached, "juliet")
+    break_off(attached, juliet)
+    (row,) = await attached.router.stores.table.of_account(juliet.jid.bare)
+    assert await attached.router.stores.table.move(row, "another router")
+    stream = await resume(attached, juliet, 0)
+    assert b"<resumed " not in answer(attached)
+    assert stream.session is None
+    assert juliet.closed
+    (present,) = await attached.router.stores.table.of_account(juliet.jid.bare)
+    assert present.router == "another router", "nobody is told of an end"
