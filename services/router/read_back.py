@@ -97,7 +97,6 @@ class ReadBack:
                     return
                 await asyncio.sleep(RETRY)
         finally:
-            session.doubtful = session.behind is not None
             self._deliveries.release(session)
 
     # --- later ---

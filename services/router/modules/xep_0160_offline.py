@@ -24,6 +24,7 @@ def load(module: Module) -> None:
     module.on_session_available(offline.available)
     module.on_session_attached(offline.attached)
     module.on_session_ended(offline.ended)
+    module.on_session_left(offline.left)
     module.on_account_deleted(offline.account_deleted)
     module.on_note(offline.noted)
 
@@ -69,6 +70,9 @@ class _Offline:
         here = [session for session in self._router.sessions(str(account)).values() if wants_stored(_own(session))]
         if not here:
             return None
+        for own in map(_own, here):
+            if own.doubtful:
+                self._read_back.read_again(own)
         session = next(filter(self._router.is_open, here), here[0])
         self._router.hold(session)
         return self._give_to(session)
@@ -90,6 +94,12 @@ class _Offline:
     def ended(self, session: Session, _was_available: bool) -> None:
         """What it had and has not confirmed is for the account's other sessions, when all of that is written."""
         self._router.in_background(self._offer_rest(session.jid.bare), "what a session has not confirmed")
+
+    def left(self, session: Session) -> None:
+        """Another router took it over while this one stood still, or was cut off: what this one has stored for it
+        since, that one has not given."""
+        if _own(session).closed:
+            self._router.in_background(self._offer_rest(session.jid.bare), "what is another router's to give")
 
     async def _offer_rest(self, account: Jid) -> None:
         while not await written(self._messages, RETRY):

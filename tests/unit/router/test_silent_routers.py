@@ -1,0 +1,83 @@
+"""What a router that stood still, or was cut off, has stored as given to a session that another one had by then."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
+from services.router.sessions import Session
+from services.router.stranded import Stranded
+from tests.unit.router.memory_router import HOST, MemoryRouter, message, until, view
+from tidings.cluster.node import NodeState
+from tidings.kit.module import MESSAGE
+from tidings.xmpp.jid import Jid
+
+JULIET = Jid("juliet", HOST, "")
+MODULES = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[MemoryRouter]:
+    made = MemoryRouter(modules=MODULES)
+    await made.stores.accounts.create(HOST, "juliet", {})
+    yield made
+    await made.stop()
+
+
+async def stored_elsewhere(router: MemoryRouter) -> Session:
+    """Juliet's session, which has had Romeo's messages 1 and 3; the second one has another router stored, as given to
+    it, and that has not been confirmed."""
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    juliet.inbound.enable()
+    juliet.outbound.enable()
+    await router.send(romeo, message("1", juliet.jid_text))
+    second = message("2", juliet.jid_text)
+    second.from_jid = romeo.jid_text
+    assert router.safety.accept(romeo, second)
+    stored = router.safety.message(second, JULIET)
+    assert stored is not None
+    await router.stores.messages.keep(stored._replace(holder=juliet.id, pending=True))
+    await router.send(romeo, message("3", juliet.jid_text))
+    return juliet
+
+
+def got(router: MemoryRouter, session: Session) -> list[str]:
+    return [
+        envelope.id or envelope.stanza.split(b"'")[1].decode()
+        for envelope in router.link.of(session)
+        if envelope.kind == MESSAGE
+    ]
+
+
+def told_that_messages_wait(router: MemoryRouter) -> None:
+    handler = router.hooks.notes["offline"]
+    router.tasks.spawn(handler(JULIET, b""), "a note")  # type: ignore[arg-type]
+
+
+async def test_it_is_given_though_later_messages_were_when_that_router_says_that_messages_wait(
+    router: MemoryRouter,
+) -> None:
+    juliet = await stored_elsewhere(router)
+    juliet.doubtful = True
+    told_that_messages_wait(router)
+    await until(lambda: got(router, juliet) == ["1", "3", "2"])
+    told_that_messages_wait(router)
+    await router.send(await router.session("nurse"), message("4", juliet.jid_text))
+    await until(lambda: len(got(router, juliet)) > 3)
+    assert got(router, juliet) == ["1", "3", "2", "4"], "once"
+
+
+async def test_it_is_looked_for_when_that_router_has_come_back(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.router.stranded.AFTER", 0.01)
+    juliet = await stored_elsewhere(router)
+    juliet.doubtful = True
+    stranded = Stranded(router.sessions, router.routing.deliveries, router.tasks.spawn)
+    stranded.view_changed(view(1, other=NodeState.UP))
+    stranded.view_changed(view(2, other=NodeState.FAILED))
+    assert got(router, juliet) == ["1", "3"]
+    stranded.view_changed(view(3, other=NodeState.UP))
+    await until(lambda: got(router, juliet) == ["1", "3", "2"])
