@@ -52,7 +52,7 @@ class Copies:
             copy.sent(
                 Sent(
                     envelope.kind, envelope.type, envelope.id, envelope.to_jid, tuple(envelope.children),
-                    envelope.stanza,
+                    envelope.stanza, envelope.answered,
                 )
             )  # fmt: skip
         elif envelope.kind != NONZA:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from services.router.deliveries import REQUESTS
 from services.router.held import own_copy
 from services.router.negotiation import Negotiation, Negotiator
 from services.router.routing_fields import fill
@@ -367,8 +368,10 @@ class ConnectorLink:
         self._held[session.id] = session
         self._begin_copy(session, self.command(0, session.id).attached)
         for sent in session.inbound.under_way():
-            envelope = Envelope(id=sent.id, to_jid=sent.to, stanza=sent.raw)
-            envelope.kind = sent.kind  # type: ignore[assignment]
+            envelope = Envelope(stanza=sent.raw)
+            fill(envelope)
+            dealt_with = session.inbound.is_safe(sent.number) and (sent.to, sent.id) not in session.asked
+            envelope.answered = dealt_with and envelope.kind == IQ and envelope.type in REQUESTS
             self.copy_sent(session, envelope)
 
     def _begin_copy(self, session: Session, message: SessionBound | SessionAttached) -> None:
@@ -382,7 +385,7 @@ class ConnectorLink:
         try:
             self.outbox.begin(len(envelope.stanza)).add(
                 target=session.id, kind=envelope.kind, type=envelope.type, id=envelope.id, to_jid=envelope.to_jid,
-                children=envelope.children, stanza=envelope.stanza,
+                children=envelope.children, stanza=envelope.stanza, answered=envelope.answered,
             )  # fmt: skip
         except Overflow:
             copied.set_result(None)

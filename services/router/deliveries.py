@@ -260,7 +260,7 @@ class Deliveries:
         account = session.jid.bare
         had = {self.kept_as(what, account) if isinstance(what, Envelope) else what for what in _given(session)}
         had.update(id_ for _, id_ in session.unmarked)
-        held = by_sender(session.held or ())
+        held = by_sender(chain(session.held or (), session.behind or ()))
         for envelope, id_, given in page:
             if session.outbound.bytes >= WINDOW_BYTES and _confirms(session):
                 break

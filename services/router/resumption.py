@@ -36,6 +36,8 @@ AGAIN = 1.0
 SILENCE = 2.0
 TAKE_OVER_TIMEOUT = 8.0
 LOOK = 0.05
+# Seconds for the database to say whether a session is still this router's.
+ASK_TIMEOUT = 1.0
 # Sessions that are over whose clients may still ask how much was handled (5: `h` in <failed/>).
 MAX_OVER = 10_000
 
@@ -174,7 +176,12 @@ class Resumption:
 
     async def _is_ours(self, session: Session) -> bool:
         """Whether another router has not taken the session over meanwhile, that could not reach this one. While the
-        database is away nobody can have, but before."""
+        database does not answer nobody can: then the client does not wait for it."""
+        asked = self._spawn(self._ask_whose(session), "whose session it is")
+        await asyncio.wait({asked}, timeout=ASK_TIMEOUT)
+        return asked.result() if asked.done() else True
+
+    async def _ask_whose(self, session: Session) -> bool:
         try:
             rows = await self._table.of_account(session.jid.bare)
         except DatabaseAway:

@@ -141,6 +141,9 @@ class Inbound:
         """All numbers up to this one are safe."""
         return next(iter(self._open), self.number + 1) - 1
 
+    def is_safe(self, number: int) -> bool:
+        return number not in self._open
+
     def unsafe(self) -> list[int]:
         return list(self._open)
 

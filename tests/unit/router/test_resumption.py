@@ -8,12 +8,13 @@ import pytest
 
 from services.router.negotiation import Negotiation
 from services.router.sessions import Session
-from tests.unit.router.memory_router import message, until
+from services.router.tickets import Tickets
+from tests.unit.router.memory_router import HOST, message, until
 from tests.unit.router.test_connector_link import Attached
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import AttachRequest, StreamEvent
 from tidings.kit.link import Lane
-from tidings.kit.module import MESSAGE, NONZA
+from tidings.kit.module import IQ, MESSAGE, NONZA
 from tidings.xmpp import ns
 from tidings.xmpp.stream_management import ACK, ENABLE, RESUME
 
@@ -205,3 +206,27 @@ async def test_a_session_that_another_router_has_taken_over_is_not_resumed_here(
     assert juliet.closed
     (present,) = await attached.router.stores.table.of_account(juliet.jid.bare)
     assert present.router == "another router", "nobody is told of an end"
+
+
+async def test_a_holder_that_begins_learns_which_requests_under_way_have_their_answers(attached: Attached) -> None:
+    """Else the router that carries the session on from there would answer them again."""
+    romeo, juliet = await resumable(attached, "romeo"), await resumable(attached, "juliet")
+    attached.router.stores.messages.away = True  # type: ignore[attr-defined]
+    sent(attached, romeo, "1", juliet)
+    for id_, to in (("2", HOST), ("3", juliet.jid_text)):
+        raw = f"<iq type='get' id='{id_}' to='{to}'><query xmlns='x:y'/></iq>".encode()
+        envelope = Envelope(
+            origin=romeo.id, kind=IQ, type="get", id=id_, to_jid=to, children=["{x:y}query"], stanza=raw
+        )
+        attached.link.receive(AttachRequest(envelopes=[envelope]))
+    await romeo.lane.idle()
+    attached.outbox.batch.Clear()
+    attached.link._negotiator.copies._tickets = tickets = Tickets()
+    tickets.start(bytes(32))
+    attached.link.hold(romeo)
+    copied = [one for one in attached.outbox.batch.envelopes if one.target == romeo.id and not one.delivery]
+    assert [(one.id, one.type, one.answered) for one in copied] == [
+        ("1", "chat", False),
+        ("2", "get", True),
+        ("3", "get", False),
+    ]

@@ -111,6 +111,17 @@ async def test_what_is_in_no_store_waits_behind_the_messages_that_were_sent_befo
     assert found.index("news") > max(found.index("29"), found.index("question"))
 
 
+async def test_what_is_in_no_store_is_not_lost_in_the_midst_of_messages_that_are_read_back(
+    router: MemoryRouter,
+) -> None:
+    romeo, juliet = await router.session("romeo"), await juliet_at(router)
+    await send(router, romeo, names(12), str(juliet.jid))
+    await router.send(romeo, message("news", str(juliet.jid), "headline"))
+    await send(router, romeo, names(3, 12), str(juliet.jid))
+    await all_acknowledged(router, juliet, 16)
+    assert got(router, juliet) == [*names(12), "news", *names(3, 12)]
+
+
 async def test_the_bytes_that_a_client_may_leave_unconfirmed_are_bounded(
     router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
