@@ -99,8 +99,8 @@ class RouterLink:
                 self.outbox.confirm_at_once()
             else:
                 self.outbox.confirm_soon()
-            for progress in response.progress:
-                self._progress(progress)
+        for progress in response.progress:
+            self._progress(progress)
         if not response.commands:
             for envelope in response.envelopes:
                 self._deliver(envelope)
