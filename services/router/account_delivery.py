@@ -179,9 +179,8 @@ class AccountDelivery:
         presence only when the strategy was wrong, or a router has died: a session may just have moved, or will."""
         if item.missed and self.to_sessions_here(item.payload, item):
             return None  # it came here while the others were asked
-        if item.missed < TABLE_ASKED and not self.is_settled(item.account):
-            return self._ask_table(item)
-        if self.others and item.missed < TABLE_ASKED and (item.missed or item.payload.kind != PRESENCE):
+        guessed = self.others and (item.missed or item.payload.kind != PRESENCE)
+        if item.missed < TABLE_ASKED and (guessed or not self.is_settled(item.account)):
             return self._ask_table(item)
         return self._nobody(item)
 

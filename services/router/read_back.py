@@ -90,14 +90,8 @@ class ReadBack:
             self._router.in_background(self._read_again(session), "what a silent router has stored")
 
     async def _read_again(self, session: Session) -> None:
-        self._deliveries.hold(session)
-        try:
-            while not await self.flush(session):
-                if not self._deliveries.accepts(session):
-                    return
-                await asyncio.sleep(RETRY)
-        finally:
-            self._deliveries.release(session)
+        while self._deliveries.accepts(session) and not await self._give_rest(session):  # noqa: ASYNC110 - a retry
+            await asyncio.sleep(RETRY)
 
     # --- later ---
 
