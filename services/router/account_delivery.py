@@ -197,7 +197,7 @@ class AccountDelivery:
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)
                 item.missed = TABLE_ASKED
-                self._forwarder.copies(item, Plan(nodes=elsewhere), False)
+                self._forwarder.copies(item, Plan(nodes=elsewhere, certain=False), False)
                 return
             if self._own in nodes:
                 await self._arrived(item.account)

@@ -284,12 +284,17 @@ def in_order(given: list[Envelope], early: Iterable[Envelope]) -> Iterator[Envel
     """What came by two ways to one session, each stanza once, and those of one sender by their numbers.
 
     The same one may have come by both: as copies for the sessions of an account. What has no number is known by its
-    bytes then; presence is not, for the same may be sent again, and the last one counts."""
+    bytes then. Presence may be sent again, and the last one counts: of that, what both have is the end of what came
+    by the first way, and the beginning of what came by the second."""
     both = Counter(envelope.stanza for envelope in given if not envelope.number and envelope.kind != PRESENCE)
     numbered: dict[str, dict[int, Envelope]] = {}
     order = list(given)
+    shown, early = _presence(given), list(early)
+    again = {sender: _overlap(shown.get(sender, []), presence) for sender, presence in _presence(early).items()}
     for envelope in early:
-        if not envelope.number and both[envelope.stanza]:
+        if not envelope.number and envelope.kind == PRESENCE and again[envelope.from_jid]:
+            again[envelope.from_jid] -= 1
+        elif not envelope.number and both[envelope.stanza]:
             both[envelope.stanza] -= 1
         else:
             order.append(envelope)
@@ -302,3 +307,18 @@ def in_order(given: list[Envelope], early: Iterable[Envelope]) -> Iterator[Envel
             yield envelope
         elif (number := next(due[envelope.origin], None)) is not None:
             yield numbered[envelope.origin][number]
+
+
+def _presence(envelopes: Iterable[Envelope]) -> dict[str, list[bytes]]:
+    """By sender, the presence that has no number."""
+    shown: dict[str, list[bytes]] = {}
+    for envelope in envelopes:
+        if envelope.kind == PRESENCE and not envelope.number:
+            shown.setdefault(envelope.from_jid, []).append(envelope.stanza)
+    return shown
+
+
+def _overlap(first: list[bytes], second: list[bytes]) -> int:
+    """How much of the beginning of the second one is the end of the first one."""
+    most = min(len(first), len(second))
+    return next((count for count in range(most, 0, -1) if first[-count:] == second[:count]), 0)

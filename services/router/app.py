@@ -36,6 +36,7 @@ from services.router.store import AccountStore, RosterStore
 from services.router.store_sql import SqlAccountStore, SqlRosterStore
 from services.router.store_sql_sessions import SqlSessionTable
 from services.router.stranded import Stranded
+from services.router.taken_over import TAKEN, TakenOver
 from services.router.tickets import Tickets
 from tidings.api.component.v1 import component_pb2
 from tidings.api.component.v1.component_pb2_grpc import add_ComponentServiceServicer_to_server
@@ -113,6 +114,7 @@ class Router:
         self._forwarder = Forwarder(strategy, routing)
         routing.start(strategy, self._forwarder)
         self._links.start(self._forwarder)
+        self._links.is_unsettled = routing.is_unsettled
 
         self._tickets = Tickets()
         self._orphans = Orphans(own, table, routing, tasks.spawn, context.member, context.channels)
@@ -190,6 +192,12 @@ class Router:
         copies.links = lambda: self._api.links
         copies.keep, copies.is_here = self._binding.keep, lambda session: sessions.get(session.id) is session
         resumption.surrender, resumption.answers = self._api.surrender, self._answers
+        self._taken_over = TakenOver(
+            own, sessions, table, self._messages, lambda: self._api.is_cut or self._links.is_cut, negotiator.dismiss,
+            tasks.spawn,
+        )  # fmt: skip
+        self._api.stood_still = self._taken_over.stood_still
+        hooks.notes[TAKEN] = self._taken_over.noted
         context.server.add(
             add_RouterServiceServicer_to_server,
             self._api,
@@ -271,6 +279,8 @@ class Router:
         self._tasks.spawn(self._binding.run(), "router: availability of sessions")
         self._tasks.spawn(self._binding.tidy(), "router: rows without session")
         self._tasks.spawn(self._orphans.run(), "router: sessions without router")
+        self._tasks.spawn(self._taken_over.run(), "router: sessions that others have taken over")
+        self._tasks.spawn(self._taken_over.beat(), "router: whether it has stood still")
         self._tasks.spawn(self._give_up_waiting(), "router: stanzas that came by a newer view")
         self._tasks.spawn(self._links.watch(), "router: what others have taken and not made safe")
         self._member.on_change(self._view_changed)

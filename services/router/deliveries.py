@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -70,9 +70,9 @@ class Deliveries:
         # are no more (`caught_up`). And called when the client of such a session has confirmed something.
         self.on_behind: Callable[[Session], None] = lambda _session: None
         self.on_confirmed: Callable[[Session], None] = lambda _session: None
-        # Called when the router from which a session was taken over has not been known to be dead, and is now: it may
-        # have stored messages as given to the session.
-        self.on_certain: Callable[[Session], None] = lambda _session: None
+        # Gives a session, by their ids, what another router has stored as given to it: one from which the session was
+        # taken over, and which did not know that, or was behind its own end. Returns when that is done.
+        self.read_again: Callable[[Session], Awaitable[None]] = _nothing
         # Whether a connector that holds a copy is on another host than this router, if there is another one.
         self.is_far: Callable[[ConnectorLink], bool] = lambda _link: True
         # Called with the id of a message that a session gets again and has confirmed.
@@ -468,3 +468,6 @@ def _given(session: Session) -> Iterator[Envelope | bytes]:
 def is_tracked(other: str, session: Session) -> bool:
     """Whether a request to this address goes to somebody else than the session's own account and server."""
     return bool(other) and other != session.account and other != session.jid.domain
+
+
+async def _nothing(_session: Session) -> None: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from services.router.message_queue import MESSAGE_BYTES
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import ForwardHello, ForwardRequest, ForwardResponse
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
+from tidings.cluster.flows import Doubt
 from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
 from tidings.cluster.node import Node
 from tidings.cluster.strategy import Plan
@@ -60,13 +61,15 @@ class OutgoingLink:
         self.outbox: Outbox[ForwardRequest] = Outbox(ForwardRequest, INTERVAL, resumable=True, most=PATIENT)
         self.outbox.on_batch = self._numbered
         self.outbox.on_relief = self._relieved
-        # The other router has answered a call.
+        # The other router has answered a call; and it has answered the last one, and that has not ended.
         self.welcomed = False
+        self.up = False
         # Notes of the strategy that found no room: they must not be lost.
         self._postponed: deque[tuple[Item, Sent]] = deque()
         # What is in no numbered batch yet; then by batch; and what is being dealt with for longer.
         self._unnumbered: deque[Sent] = deque()
         self._batches: dict[int, list[Sent | None]] = {}
+        self._sent_at: dict[int, float] = {}
         self._later: dict[tuple[int, int], Sent] = {}
         # By batch and place in it, what was taken and is not known to be safe; and the bytes of all that somebody
         # waits for.
@@ -118,6 +121,7 @@ class OutgoingLink:
 
     def _numbered(self, batch: ForwardRequest) -> None:
         self._batches[batch.sequence] = [self._unnumbered.popleft() for _ in batch.envelopes]
+        self._sent_at[batch.sequence] = time.monotonic()
 
     def receive(self, response: ForwardResponse) -> None:
         """Takes the answers. Raises Gap."""
@@ -143,6 +147,7 @@ class OutgoingLink:
             else:
                 self._taken(key, sent, answer.content)
         for sequence in [number for number in self._batches if number <= response.safe_through]:
+            del self._sent_at[sequence]
             for index, taken in enumerate(self._batches.pop(sequence)):
                 if taken is not None:
                     self._taken((sequence, index), taken, b"")
@@ -165,6 +170,10 @@ class OutgoingLink:
             batch[place[1]] = sent
         self._forwarder.taken(sent, content)
 
+    def is_silent(self, moment: float) -> bool:
+        """Whether what was sent before a moment of the monotonic clock is not answered."""
+        return next(iter(self._sent_at.values()), moment) < moment
+
     def unsafe_since(self, moment: float) -> Iterator[tuple[str, ...]]:
         """The flows of what was taken before a moment of the monotonic clock and is not known to be safe."""
         for sequence, taken_at in self._taken_at.items():
@@ -186,6 +195,7 @@ class OutgoingLink:
         unanswered = [sent for batch in self._batches.values() for sent in batch if sent is not None]
         unanswered += [*self._later.values(), *self._unnumbered, *(sent for _, sent in self._postponed)]
         self._batches.clear()
+        self._sent_at.clear()
         self._later.clear()
         self._unnumbered.clear()
         self._postponed.clear()
@@ -322,6 +332,8 @@ class ForwardLinks:
         self._forwarder: Forwarder | None = None
         self._outgoing: dict[str, OutgoingLink] = {}
         self._incoming: dict[str, IncomingLink] = {}
+        # Whether a session of an account was taken over from a router that has not given yet what it had for it.
+        self.is_unsettled: Callable[[str, str], bool] = lambda _account, _router: False
         # Set when another router has opened its link, and then replaced.
         self._come = asyncio.Event()
 
@@ -384,6 +396,11 @@ class ForwardLinks:
             sum(link.outbox.sent_bytes for link in links),
         )
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether another router is out of reach."""
+        return any(not link.up for link in self._outgoing.values())
+
     def unsafe_bytes(self) -> int:
         """What other routers have of messages that senders here wait for."""
         return sum(link.unsafe_bytes for link in self._outgoing.values())
@@ -394,6 +411,7 @@ class ForwardLinks:
         node = link.node
         while True:
             why, _ = await why_ended(self._forward(link), lambda why: self._member.report(node, why))
+            link.up = False
             log.debug("forward_link_down", router=node.hostname, reason=why)
             await asyncio.sleep(RETRY)
 
@@ -414,7 +432,7 @@ class ForwardLinks:
             if first is grpc.aio.EOF or not first.HasField("welcome"):
                 return
             self._member.reaches(node)
-            link.welcomed = True
+            link.welcomed = link.up = True
             if first.welcome.resume_after < link.outbox.confirmed_through:
                 # It has forgotten the link, and with it what it may not have dealt with.
                 log.warning("forward_link_forgotten", router=node.hostname)
@@ -432,17 +450,25 @@ class ForwardLinks:
 
     async def watch(self) -> None:
         """Tells the forwarder what other routers have taken and not made safe for long."""
+        doubts: dict[tuple[str, ...], Doubt] = {}
         while True:
             await asyncio.sleep(LOOK)
             if self._forwarder is not None:
-                moment = time.monotonic() - SLOW
-                self._forwarder.doubt(
-                    {
-                        flow: name
-                        for name, link in self._outgoing.items()
-                        for flow in islice(link.unsafe_since(moment), MOST_SLOW)
-                    }
-                )
+                doubts = self._doubts(time.monotonic() - SLOW, doubts)
+                self._forwarder.doubt(doubts)
+
+    def _doubts(self, moment: float, before: Mapping[tuple[str, ...], Doubt]) -> dict[tuple[str, ...], Doubt]:
+        """What a router has taken that does not answer may be for a session that others have by now: whatever comes
+        behind it waits until it is safe, and until a session here that was taken over from there has got it."""
+        doubts = {
+            flow: doubt for flow, doubt in before.items() if doubt.silent and self.is_unsettled(flow[1], doubt.node)
+        }
+        for name, link in self._outgoing.items():
+            silent = link.is_silent(moment)
+            for flow in islice(link.unsafe_since(moment), MOST_SLOW):
+                earlier = before.get(flow)
+                doubts[flow] = Doubt(name, silent or (earlier is not None and earlier == Doubt(name, True)))
+        return doubts
 
     def incoming(self, incarnation: str, fresh: bool) -> IncomingLink:
         """The link that a router's call carries on, or a new one."""

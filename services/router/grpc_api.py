@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -69,6 +69,8 @@ class RouterApi(RouterServiceServicer):
         self._binding = binding
         self._spawn = spawn
         self._ready = ready
+        # What is waited for before anything is dealt with that has come while this router stood still.
+        self.stood_still: Callable[[], Awaitable[object] | None] = lambda: None
         # The links of connectors, by their incarnations; and which of these the view has shown.
         self._links: dict[str, ConnectorLink] = {}
         self._seen: set[str] = set()
@@ -104,6 +106,8 @@ class RouterApi(RouterServiceServicer):
                 outbox.resume(first.hello.resume_after)
             writers.spawn(outbox.run(context.write), f"link to {caller.name}")
             while (request := await context.read()) is not grpc.aio.EOF:
+                if (looking := self.stood_still()) is not None:
+                    await looking
                 link.receive(request)
         except Overflow as error:
             log.error("connector_does_not_read", connector=caller.name, reason=str(error))
@@ -174,6 +178,11 @@ class RouterApi(RouterServiceServicer):
     def links(self) -> list[ConnectorLink]:
         return list(self._links.values())
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a connector is out of reach."""
+        return any(link.handling is None for link in self._links.values())
+
     async def Forward(  # type: ignore[override]
         self, request_iterator: AsyncIterator[ForwardRequest], context: Any
     ) -> None:
@@ -194,6 +203,8 @@ class RouterApi(RouterServiceServicer):
         writers.spawn(link.outbox.run(context.write), f"answers to {caller.name}")
         try:
             while (request := await context.read()) is not grpc.aio.EOF:
+                if (looking := self.stood_still()) is not None:
+                    await looking
                 link.receive(request)
         except (Gap, Overflow) as error:
             log.warning("forward_call_ended", router=caller.name, reason=str(error))

@@ -19,9 +19,9 @@ from tidings.xmpp.stanza import error_stanza
 if TYPE_CHECKING:
     from services.router.sessions import Session
 
-# Seconds that a request may wait for its answer: with the next look, and on its way to the client, it has had one or
-# an error within 30 s.
-DEADLINE = 28.0
+# Seconds that a request may wait for its answer: with the next look, and on its ways from and to the client, on which
+# a connection may be cut for as long as it takes to notice, it has had one or an error within 30 s.
+DEADLINE = 22.0
 LOOK = 1.0
 # Requests of one session that may wait at one time; stops a client from filling memory with questions.
 MAX_ASKED = 1000

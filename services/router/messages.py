@@ -155,13 +155,15 @@ class MessageStore(Protocol):
     def oldest_waiting(self) -> float:
         """Since when, by the monotonic clock, the oldest message waits to be committed; 0.0 when none does."""
 
-    async def pending(self, account: Jid, session: str, limit: int, after: int = 0) -> list[Kept]:
+    async def pending(
+        self, account: Jid, session: str, limit: int, after: int = 0, alone: bool = False
+    ) -> list[Kept]:
         """Claims the first pending messages that no other living session holds, `limit` at most, and returns them.
 
-        `after`: only those of higher positions. Of several sessions that come at once, on whichever routers, each
-        message MUST go to one; the same session is given again what it holds. A claim is void when its session is
-        not in the table of sessions any more; nobody needs to give it back. What a session has acknowledged at this
-        router is not among them, also before that is written.
+        `after`: only those of higher positions. `alone`: only those that the session holds already. Of several
+        sessions that come at once, on whichever routers, each message MUST go to one; the same session is given again
+        what it holds. A claim is void when its session is not in the table of sessions any more; nobody needs to give
+        it back. What a session has acknowledged at this router is not among them, also before that is written.
         """
 
     async def pending_count(self, account: Jid) -> int:

@@ -105,7 +105,9 @@ class MemoryMessageStore:
             raise DatabaseAway("it is switched off")
         return self._rows.get(account, {})
 
-    async def pending(self, account: Jid, session: str, limit: int, after: int = 0) -> list[Kept]:
+    async def pending(
+        self, account: Jid, session: str, limit: int, after: int = 0, alone: bool = False
+    ) -> list[Kept]:
         claim = CLAIMED + session
         others = {row.session for row in await self._sessions.of_account(account)} - {session}
         held = others | {CLAIMED + other for other in others}
@@ -115,7 +117,7 @@ class MemoryMessageStore:
             for row in self._of(account).values()
             if row.pending
             and row.kept.position > after
-            and row.holder not in held
+            and (row.holder in (session, claim) if alone else row.holder not in held)
             and row.kept.id not in acknowledged
         ][:limit]
         found = []

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable
+from zlib import crc32
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.router import messages_statements as statements
 from services.router.archive_sql import KEPT, SqlArchive, kept, of
-from services.router.message_queue import WriteQueue, telling
+from services.router.message_queue import telling
+from services.router.message_writer import GROUP, MessageWriter
 from services.router.messages import CLAIMED, Done, Kept, Message
 from services.router.schema import archive_preferences, message_positions, messages, sessions
-from tidings.kit.db import Database, DatabaseAway
-from tidings.kit.logging import get_logger
-from tidings.kit.tasks import Tasks
+from tidings.kit.db import Database
 from tidings.xmpp.jid import Jid
 
-log = get_logger("database")
+__all__ = ["GROUP", "SqlMessageStore"]
 
-# Of one commit: messages, bytes of their stanzas, marks.
-GROUP = 1000
-GROUP_BYTES = 2_097_152
-GROUP_MARKS = 2000
-# Seconds from the beginning of one group to that of the next, if that is not full, or has only marks. A group costs
-# 1 ms of this process, whatever its size: under load everybody waits a little longer, so that there are fewer.
-PAUSE = 0.02
-MARKS_PAUSE = 0.05
-# Seconds between two tries while the database is away, and for what waits when the router stops.
-RETRY = 0.5
+# Each writes the messages of its part of the accounts, so that their commits do not wait for each other: while the
+# database works for one, this process works for the other. SQLite has one.
+WRITERS = 2
+# Seconds for what waits when the router stops.
 STOP_TIMEOUT = 5.0
 # A message must fit into one packet of the database (MariaDB: 16 MiB, if nobody tells it otherwise), with two bytes
 # for each of its own. Stops one message from holding up all others.
@@ -39,58 +30,42 @@ MAX_STANZA_BYTES = 7_340_032
 # Positions from the settled one on from which it is worth a commit to raise that.
 SETTLE_STEP = 200
 
-# What the database, or the making of a statement, says of a message that can never be written.
-BAD_DATA = (DataError, IntegrityError, ValueError, OverflowError)
-
 
 class SqlMessageStore(SqlArchive):
     """Satisfies `services.router.messages.MessageStore`. What is written before `start` waits for it."""
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
-        self._queue = WriteQueue()
-        self._tasks = Tasks()
-        # Something has come that the writer may not know of.
-        self._woken = asyncio.Event()
-        # One group, or removal of an account, at a time.
-        self._turn = asyncio.Lock()
-        self._began = 0.0
-        self._away = False
-        self._stopping = False
-        self._stopped = False
+        self._writers = [MessageWriter(database) for _ in range(1 if database.sqlite else WRITERS)]
 
     async def start(self) -> None:
-        self._tasks.spawn(self._write_groups(), "message store: group commit")
+        for writer in self._writers:
+            await writer.start()
 
     async def stop(self) -> None:
         """Writes what waits, then ends."""
-        self._stopping = True
-        self._woken.set()
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT):
-                while self._queue.waiting_bytes:  # noqa: ASYNC110 - bounded
-                    await asyncio.sleep(PAUSE)
-        except TimeoutError:
-            pass  # the database is away; who waits for a commit is told so
-        self._stopped = True
-        await self._tasks.stop()
-        self._queue.give_up(DatabaseAway("the router stops"))
+        deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT
+        await asyncio.gather(*(writer.stop(deadline) for writer in self._writers))
+
+    def _writer(self, account: Jid) -> MessageWriter:
+        return self._writers[crc32(account.bare_text.encode()) % len(self._writers)]
 
     @property
     def waiting_bytes(self) -> int:
-        return self._queue.waiting_bytes
+        return sum([writer.queue.waiting_bytes for writer in self._writers])
 
     @property
     def away(self) -> bool:
-        return self._away
+        return any(writer.away for writer in self._writers)
 
     @property
     def marks(self) -> tuple[int, int]:
-        return self._queue.marks_put, self._queue.marks_written
+        queues = [writer.queue for writer in self._writers]
+        return sum([queue.marks_put for queue in queues]), sum([queue.marks_written for queue in queues])
 
     @property
     def oldest_waiting(self) -> float:
-        return self._queue.oldest
+        return min([writer.queue.oldest for writer in self._writers if writer.queue.oldest], default=0.0)
 
     # --- writing ---
 
@@ -103,104 +78,31 @@ class SqlMessageStore(SqlArchive):
         await committed
 
     def _put(self, message: Message, done: Done, urgent: bool) -> None:
-        if self._stopped:
-            done(DatabaseAway("the router stops"))
-        elif len(message.stanza) > MAX_STANZA_BYTES:
+        if len(message.stanza) > MAX_STANZA_BYTES:
             done(ValueError(f"a message of more than {MAX_STANZA_BYTES} bytes"))
         else:
-            self._queue.put(message, done, time.monotonic(), urgent)
-            if self._queue.messages in (1, GROUP):
-                self._woken.set()
+            self._writer(message.account).put(message, done, urgent)
 
     def delivered(self, account: Jid, ids: Iterable[bytes]) -> None:
-        wake = not self._queue.marks
-        self._queue.mark(ids)
-        if wake and self._queue.marks:
-            self._woken.set()
-
-    async def _write_groups(self) -> None:
-        most = GROUP
-        while True:
-            await self._until_due()
-            async with self._turn:
-                self._began = asyncio.get_running_loop().time()
-                fits = await self._write_group(most)
-            # One that can't be written is tried again in halves: something in it may be refused, or meet others.
-            most = min(2 * most, GROUP) if fits else max(1, most // 2)
-            if self._away:
-                await asyncio.sleep(RETRY)
-
-    async def _until_due(self) -> None:
-        """Waits until there is something to write, and till the next group may begin."""
-        while True:
-            due = self._due()
-            if due is not None and due <= asyncio.get_running_loop().time():
-                return
-            self._woken.clear()
-            try:
-                async with asyncio.timeout_at(due):
-                    await self._woken.wait()
-            except TimeoutError:
-                return
-
-    def _due(self) -> float | None:
-        waiting = self._queue.messages
-        if waiting >= GROUP or (self._stopping and self._queue.waiting_bytes):
-            return 0.0
-        if waiting:
-            return self._began + PAUSE
-        return self._began + MARKS_PAUSE if self._queue.marks else None
-
-    async def _write_group(self, most: int) -> bool:
-        """Whether it is written."""
-        group, marks = self._queue.take(most, GROUP_BYTES, GROUP_MARKS)
-        if not group and not marks:
-            return True
-
-        async def work(connection: AsyncConnection) -> None:
-            if group:
-                await statements.insert(connection, group)
-            if marks:
-                await statements.mark(connection, marks)
-
-        try:
-            # A mark must not miss a message that another server of Galera has committed.
-            await self._database.transaction(work, causal=bool(marks))
-        except BAD_DATA as error:
-            if len(group) == 1:
-                log.error("message_refused", account=str(group[0].account), reason=_reason(error))
-                self._queue.refused(_driver_error(error))
-            else:
-                self._queue.put_back()
-            return False
-        except Exception as error:
-            if not self._away:
-                say = log.warning if isinstance(error, DatabaseAway) else log.error
-                say("messages_wait", error=type(error).__name__, reason=_reason(error))
-            self._away = True
-            self._queue.put_back()
-            self._queue.give_up_urgent(DatabaseAway(_reason(error)))
-            return False
-        if self._away:
-            log.info("messages_are_written_again")
-        self._away = False
-        self._queue.written()
-        return True
+        self._writer(account).mark(ids)
 
     # --- what is pending ---
 
-    async def pending(self, account: Jid, session: str, limit: int, after: int = 0) -> list[Kept]:
+    async def pending(
+        self, account: Jid, session: str, limit: int, after: int = 0, alone: bool = False
+    ) -> list[Kept]:
         while True:
             low = await self._before_pending(account, after)
             if low is None:
                 return []  # as for most who come: they need no transaction
-            claimed, after = await self._claim(account, session, limit, low)
+            claimed, after = await self._claim(account, session, limit, low, alone)
             if claimed or not after:
                 return claimed
 
-    async def _claim(self, account: Jid, session: str, limit: int, low: int) -> tuple[list[Kept], int]:
+    async def _claim(self, account: Jid, session: str, limit: int, low: int, alone: bool) -> tuple[list[Kept], int]:
         """The messages, and behind which position there may be more; 0: nowhere."""
-        acknowledged = self._queue.marked()
+        queue = self._writer(account).queue
+        acknowledged = queue.marked()
         claim = CLAIMED + session
         living = sa.select(sessions.c.session).where(*of(sessions, account), sessions.c.session != session)
         here = (*of(messages, account), messages.c.position > low, messages.c.pending.is_(True))
@@ -211,8 +113,8 @@ class SqlMessageStore(SqlArchive):
             held = [name for other in others for name in (other, CLAIMED + other)]
             # Who claims at the same moment waits here for our commit, and then finds what is left. (Locks of Galera
             # are one server's own: the later commit of two at different ones fails, and is tried again.)
-            free = wanted.where(messages.c.holder.not_in(held)).with_for_update()
-            rows = list(await connection.execute(free))
+            free = messages.c.holder.in_((session, claim)) if alone else messages.c.holder.not_in(held)
+            rows = list(await connection.execute(wanted.where(free).with_for_update()))
             positions = [row.position for row in rows if row.holder not in (session, claim)]
             if positions:
                 these = (*of(messages, account), messages.c.position.in_(positions))
@@ -225,7 +127,7 @@ class SqlMessageStore(SqlArchive):
             return [kept(row)._replace(given=bool(row.holder) and not row.holder.startswith(CLAIMED)) for row in rows]
 
         claimed = await self._database.transaction(work, causal=True)
-        acknowledged |= self._queue.marked()
+        acknowledged |= queue.marked()
         more = claimed[-1].position if len(claimed) == limit else 0
         return [message for message in claimed if message.id not in acknowledged], more
 
@@ -291,16 +193,7 @@ class SqlMessageStore(SqlArchive):
             await connection.execute(archive_preferences.delete().where(*of(archive_preferences, account)))
             # The counter stays: an account of the same name later goes on behind it.
 
-        async with self._turn:
-            self._queue.forget(account)
+        writer = self._writer(account)
+        async with writer.turn:
+            writer.queue.forget(account)
             await self._database.transaction(work, causal=True)
-
-
-def _driver_error(error: Exception) -> Exception:
-    """The error without the statement, which has the messages in it: they are nobody's business, and long."""
-    driver = error.orig if isinstance(error, DBAPIError) else None
-    return driver if isinstance(driver, Exception) else error
-
-
-def _reason(error: Exception) -> str:
-    return str(_driver_error(error)).partition("\n")[0]

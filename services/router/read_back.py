@@ -46,7 +46,7 @@ class ReadBack:
         self._offer = offer
         deliveries.on_behind = self.owe
         deliveries.on_confirmed = self.confirmed
-        deliveries.on_certain = self.read_again
+        deliveries.read_again = self.read_again
         # Sessions that get something later, each with what is set when its client confirms something.
         self._owed: dict[str, asyncio.Event] = {}
         # Those that are behind, and for which something may have become free that was passed over.
@@ -75,21 +75,18 @@ class ReadBack:
 
     async def _page(self, session: Session, after: int) -> tuple[bool, int]:
         """Gives a session the next messages behind a position: whether any were found, and the position of the last
-        one that it was given."""
+        one that it was given. One that does not want what is stored for its account gets what is for it alone."""
         account = session.jid.bare
-        kept = await self._messages.pending(account, session.id, min(PAGE, self._deliveries.room(session)), after)
+        most, alone = min(PAGE, self._deliveries.room(session)), not wants_stored(session)
+        kept = await self._messages.pending(account, session.id, most, after, alone)
         if not kept or not self._deliveries.accepts(session):
             return False, after
         page = [(_delayed(message, account), message.id, message.given) for message in kept]
         given = self._deliveries.give_stored(session, page)
         return True, kept[given - 1].position if given else after
 
-    def read_again(self, session: Session) -> None:
-        """What the session's former router has stored as given to it, and that is known to have no more."""
-        if wants_stored(session):
-            self._router.in_background(self._read_again(session), "what a silent router has stored")
-
-    async def _read_again(self, session: Session) -> None:
+    async def read_again(self, session: Session) -> None:
+        """What the session's former router has stored as given to it."""
         while self._deliveries.accepts(session) and not await self._give_rest(session):  # noqa: ASYNC110 - a retry
             await asyncio.sleep(RETRY)
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.router.adoption import tell
-from services.router.deliveries import is_tracked
+from services.router.deliveries import is_tracked, wants_stored
 from services.router.hand_over import MAX_MOVES
 from services.router.routing_fields import fill
 from services.router.session_record import session_of
-from services.router.sessions import Session, Sessions
+from services.router.sessions import DOUBTFUL, Session, Sessions
 from services.router.store import SessionRow, SessionTable
+from services.router.taken_over import TAKEN, taken
+from tidings.cluster.forwarding import Item, Mode
 from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
@@ -45,8 +48,8 @@ T = TypeVar("T")
 
 # Seconds between two tries while the database is away; then the client waits too.
 RETRY = 0.5
-# Seconds after which a router that stands still, or is cut off, is put out or has woken; and in which its last commit
-# is done.
+# Seconds after which a router that stands still, or is cut off, is put out or has answered; and in which the last
+# commit of one that is gone is done.
 SILENT = 6.0
 WRITTEN = 1.0
 # Sessions that are taken over at one time.
@@ -150,21 +153,28 @@ class Reattachment:
                 if gone is not None:
                     # Its row was taken from it without our noticing.
                     await self.dismiss(gone)
-            session.doubtful = self._is_alive(row.router)
+            if self._is_alive(row.router):
+                session.doubtful = True
+                session.notes[DOUBTFUL] = b"1"
             self._begin(link, stream, session, record)
         if session.doubtful:
             self._spawn(self._until_certain(session, row.router), "a router from which a session was taken over")
         return session
 
     async def _until_certain(self, session: Session, router: str) -> None:
-        """Waits until the router that had the session takes nothing more for it: it does not answer, or cannot be
-        reached; that ends with it, or, when it wakes, with its hearing of this."""
-        ends = asyncio.get_running_loop().time() + SILENT
-        while self._is_alive(router) and asyncio.get_running_loop().time() < ends:  # noqa: ASYNC110 - bounded
-            await asyncio.sleep(RETRY)
-        await asyncio.sleep(WRITTEN)
-        if self._sessions.get(session.id) is session:
-            self._routing.deliveries.on_certain(session)
+        """Waits until the router that had the session takes nothing more for it: it has heard of this, and has
+        written what it had; or it is gone. Then that is given, before anything else that comes from there."""
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        note = (TAKEN, taken(session.epoch, session.id))
+        item = Item(("", session.account), session.account, "", note, Mode.NOTE)
+        with self._routing.unsettled(session.account, router):
+            if self._is_alive(router):
+                self._routing.forwarder.ask((router,), item, partial(told.set_result, None))
+                await asyncio.wait({told}, timeout=SILENT)
+            if not self._is_alive(router):
+                await asyncio.sleep(WRITTEN)  # its last commit may be under way
+            if self._sessions.get(session.id) is session:
+                await self._routing.deliveries.read_again(session)
 
     async def _row(self, jid: Jid, attach: SessionAttach) -> SessionRow | None:
         """The session's row, if it is as the connector knows it: still its router's, or one's that it has asked
@@ -232,8 +242,10 @@ class Reattachment:
         try:
             # Who stores a message from here on knows that the session is here.
             await self._routing.notes.known()
-            if session.presence is not None and session.priority >= 0:
+            if wants_stored(session):
                 await tell(self._hooks.session_available, session)
+            else:
+                await self._routing.deliveries.read_again(session)
             await tell(self._hooks.session_attached, session)
         finally:
             self._routing.deliveries.release(session)

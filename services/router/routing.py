@@ -12,8 +12,8 @@ behind the stanza waits, and nothing overtakes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,8 @@ class Routing:
         )
         # Told of what a session answers to the server.
         self.on_answer: Callable[[Session, Envelope], object] = lambda _session, _envelope: None
+        # By account and router: sessions that were taken over from there, each with what is set when that is settled.
+        self._unsettled: dict[tuple[str, str], list[asyncio.Event]] = {}
         # For metrics.
         self.received = 0
 
@@ -323,6 +325,10 @@ class Routing:
         envelope: Envelope = item.payload
         if item.mode is Mode.NOTE:
             return self.notes.noted(item)
+        if self._unsettled and item.source:
+            settled = self._unsettled.get((item.account, item.source))
+            if settled is not None:
+                return self._when_settled(settled[-1], item, plan)
         if item.mode is Mode.SESSIONS:
             item.taken = self._at_account.to_sessions_here(envelope, item)
             return None if item.taken else self._at_account.when_arrived(item)
@@ -342,6 +348,30 @@ class Routing:
         except Exception:
             self.answers.failed(envelope)
         return None
+
+    @contextmanager
+    def unsettled(self, account: str, router: str) -> Iterator[None]:
+        """A session of an account was taken over from a router that may not know: what comes from there for the
+        account waits, for what that one has stored for the session goes first."""
+        settled = asyncio.Event()
+        waiting = self._unsettled.setdefault((account, router), [])
+        waiting.append(settled)
+        try:
+            yield
+        finally:
+            waiting.remove(settled)
+            if not waiting:
+                del self._unsettled[account, router]
+            settled.set()
+
+    def is_unsettled(self, account: str, router: str) -> bool:
+        return (account, router) in self._unsettled
+
+    async def _when_settled(self, settled: asyncio.Event, item: Item, plan: Plan) -> None:
+        await settled.wait()
+        pending = self.decide(item, plan)
+        if pending is not None:
+            await pending
 
     def wait(self, pending: Awaitable[None], then: Callable[[], None]) -> None:
         async def waiting() -> None:

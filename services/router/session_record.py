@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from services.router.sessions import BEHIND, Session
+from services.router.sessions import BEHIND, DOUBTFUL, Session
 from tidings.api.common.v1.session_pb2 import AskedIq, SessionFlags, SessionRecord, UnconfirmedMessage
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import PRESENCE
@@ -72,6 +72,7 @@ def session_of(
     session.priority = record.flags.priority
     session.notes = dict(record.notes)
     session.behind = deque() if BEHIND in session.notes else None
+    session.doubtful = DOUBTFUL in session.notes
     session.presence = record.presence.stanza if record.HasField("presence") else None
     session.resume_seconds = record.resume_seconds
     inbound, outbound = session.inbound, session.outbound

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # The note of a session that is behind: messages wait for it in the store, wherever it goes (see deliveries.py).
 BEHIND = "=behind"
+# The note of a session that is doubtful (see Session), wherever it goes.
+DOUBTFUL = "=doubtful"
 
 NOBODY: Mapping[str, Session] = MappingProxyType({})
 

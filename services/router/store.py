@@ -164,5 +164,9 @@ class SessionTable(Protocol):
 
     async def of_router(self, router: str) -> list[SessionRow]: ...
 
+    async def ids_of_router(self, router: str) -> set[str]:
+        """The sessions of a router: the same without what else is known of them, so that many are cheap."""
+        ...
+
     async def routers(self) -> dict[str, int]:
         """The incarnations that own sessions, and how many."""

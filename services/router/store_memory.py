@@ -152,5 +152,8 @@ class MemorySessionTable:
     async def of_router(self, router: str) -> list[SessionRow]:
         return [row for row in self._rows.values() if row.router == router]
 
+    async def ids_of_router(self, router: str) -> set[str]:
+        return {row.session for row in await self.of_router(router)}
+
     async def routers(self) -> dict[str, int]:
         return dict(Counter(row.router for row in self._rows.values()))

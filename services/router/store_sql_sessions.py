@@ -111,6 +111,11 @@ class SqlSessionTable:
     async def of_router(self, router: str) -> list[SessionRow]:
         return await self._rows(sessions.c.router == router)
 
+    async def ids_of_router(self, router: str) -> set[str]:
+        async with self._database.read(causal=True) as connection:
+            ids = await connection.execute(sa.select(sessions.c.session).where(sessions.c.router == router))
+            return set(ids.scalars())
+
     async def routers(self) -> dict[str, int]:
         counts = sa.select(sessions.c.router, sa.func.count().label("total")).group_by(sessions.c.router)
         async with self._database.read(causal=True) as connection:

@@ -41,5 +41,5 @@ class Stranded:
     async def _look(self) -> None:
         await asyncio.sleep(AFTER)
         for session in self._sessions:
-            self._deliveries.on_certain(session)
+            self._spawn(self._deliveries.read_again(session), "messages of a router behind its end")
             await asyncio.sleep(PACE)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from services.router.message_queue import MESSAGE_BYTES
-from services.router.messages import ArchiveQuery, Preferences, UnknownId, message_id
+from services.router.messages import CLAIMED, ArchiveQuery, Preferences, UnknownId, message_id
 from services.router.retention import DAY_MS, PORTION, Retention
 from tests.contract.message_stores import (
     JULIET,
@@ -279,6 +279,17 @@ async def test_what_a_session_was_given_as_it_was_written_is_held_by_it(stores: 
         await stores.store.keep(message(ROMEO, n, holder=holder))
     assert numbers(await stores.store.pending(ROMEO, "phone", 10)) == [1, 2]
     assert numbers(await stores.store.pending(ROMEO, "desk", 10)) == [0, 1, 2], "the phone is no living session"
+
+
+async def test_a_session_may_ask_for_what_it_holds_alone(stores: Stores) -> None:
+    """For one that does not want what is stored for its account (RFC 6121 8.5.3.1: a full JID is a full JID)."""
+    await bind(stores, "desk")
+    for n, holder in enumerate(("", "desk", CLAIMED + "desk", "phone", "desk")):
+        await stores.store.keep(message(ROMEO, n, holder=holder))
+    held = await stores.store.pending(ROMEO, "desk", 2, alone=True)
+    assert numbers(held) == [1, 2]
+    assert numbers(await stores.store.pending(ROMEO, "desk", 10, held[-1].position, alone=True)) == [4]
+    assert numbers(await stores.store.pending(ROMEO, "tablet", 10)) == [0, 3], "the others it has not claimed"
 
 
 async def test_messages_are_found_however_many_were_settled_before(

@@ -265,6 +265,7 @@ async def test_sessions_are_found_by_account_and_by_router(stores: Stores) -> No
         assert await stores.sessions.bind(jid, f"s{number}", router) is None
     assert {row.jid for row in await stores.sessions.of_account(ROMEO)} == {DESK, phone}
     assert {row.jid for row in await stores.sessions.of_router("r1")} == {phone, other}
+    assert await stores.sessions.ids_of_router("r1") == {"s1", "s2"}
     assert await stores.sessions.routers() == {"r0": 1, "r1": 2}
 
 

@@ -197,7 +197,9 @@ class Client(Conversation):
 
     async def _resume(self, stream: Stream) -> bool:
         """XEP-0198 5. False when the server refuses; then a resource can be bound in this stream."""
-        stream.write(f"<resume xmlns='{ns.SM}' h='{self.handled}' previd={quoteattr(self._resume_id)}/>")
+        # It says what has come as an <a/> does, whether the answer to it comes or not.
+        if stream.write(f"<resume xmlns='{ns.SM}' h='{self.handled}' previd={quoteattr(self._resume_id)}/>"):
+            self._note_confirmed()
         answer = await stream.element()
         if answer.tag == f"{{{ns.SM}}}failed":
             if (h := answer.get("h")) is not None:
@@ -208,8 +210,6 @@ class Client(Conversation):
             raise Lost(f"{answer.tag} is no answer to <resume/>")
         self._history.record(Resumed(self._history.now(), self.session))
         self._acknowledge(int(answer.get("h", "0")))
-        # The server knows by <resume h=…/> what has come.
-        self._note_confirmed()
         waiting, self.unacknowledged = self.unacknowledged, deque()
         if self.habits.resends == "messages":
             dropped = tuple(pending.key for pending in waiting if pending.kind != "message" and pending.key)

@@ -86,7 +86,8 @@ class Received(Event):
 
 @dataclass(frozen=True, slots=True)
 class Confirmed(Event):
-    """The receiver said so: by <a h=…/>, or, without XEP-0198, by the answer to a later ping of the server."""
+    """The receiver said so: by <a h=…/> or <resume h=…/>, or, without XEP-0198, by the answer to a later ping of the
+    server."""
 
     keys: tuple[str, ...]
 

@@ -250,10 +250,13 @@ async def test_what_had_come_is_confirmed_by_resuming(peer: ScriptedPeer) -> Non
         bench.connection.write(bench.connection.message("1"))
         await bench.until(lambda: bench.told(Received))
         bench.connection.stream.abort()
-        connection = await bench.next()
         assert bench.told(Confirmed) == []
-        await connection.resume(1)
+        connection = await bench.next()
+        assert (await connection.expect("resume")).get("h") == "1"
         await bench.until(lambda: bench.told(Confirmed))
+        connection.stream.abort()
+        connection = await bench.next()
+        assert (await connection.resume(1)).get("h") == "1", "whether it was answered or not"
         connection.write(connection.message("2"))
         assert await bench.asked_h() == 2
 

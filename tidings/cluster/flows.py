@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tidings.cluster.strategy import HERE, Plan
 
@@ -30,6 +30,13 @@ class Waiter(Protocol):
         """One of them has."""
 
 
+class Doubt(NamedTuple):
+    """Of a flow: the router that has taken something, and not made it safe for long; and whether it is silent."""
+
+    node: str
+    silent: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Item:
     """One stanza (or note) on its way; `payload` is whatever the router makes of it."""
@@ -48,6 +55,8 @@ class Item:
     source: str = ""
     # How often nobody took it.
     missed: int = 0
+    # How many refusals of this router its sender had seen when it sent it.
+    seen: int = 0
     # Said by who deals with it, when it came from another router: whether somebody took it, and an answer.
     taken: bool = True
     # Copies of it are under way: it is dealt with when they are answered.

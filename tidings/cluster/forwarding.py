@@ -12,11 +12,10 @@ with it or refuses.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from tidings.cluster.flows import Flow, Group, Item, Mode, Pending, Port, Sent
+from tidings.cluster.flows import Doubt, Flow, Group, Item, Mode, Pending, Port, Sent
+from tidings.cluster.refusals import Refusals
 from tidings.cluster.strategy import HERE, Plan, Strategy
 from tidings.cluster.view import ClusterView
 
@@ -44,11 +43,7 @@ class Forwarder:
         # Notes of the strategy that are not taken yet, and who waits for which of them.
         self._telling: set[Sent] = set()
         self._tellers: list[tuple[set[Sent], Callable[[], None]]] = []
-        # By router: how many refusals of it we have taken, and how many it got from us; and the flows of which
-        # something was refused to it, with the number of that refusal, oldest first.
-        self._seen: dict[str, int] = {}
-        self._given: dict[str, int] = {}
-        self._latched: dict[str, OrderedDict[tuple[str, ...], int]] = {}
+        self._refusals = Refusals()
         # What came by a view that is newer than ours, or from a router that is not in it yet, by flow; and which
         # of these flows were there when it was looked before.
         self._early: dict[tuple[str, ...], list[tuple[Item, int, int]]] = {}
@@ -57,7 +52,7 @@ class Forwarder:
         self._senders: dict[str, int] = {}
         self._sources: frozenset[str] = frozenset()
         # Flows of which a router has taken something, and has not said for long that it is safe; see `doubt`.
-        self._doubtful: dict[tuple[str, ...], str] = {}
+        self._doubts: Mapping[tuple[str, ...], Doubt] = {}
         self.view = ClusterView()
         # Totals, for metrics.
         self.sent = 0
@@ -80,7 +75,7 @@ class Forwarder:
                 flow.queue.append(item)
             return None
         plan = self._strategy.locate(item.account, item.resource)
-        if self._doubtful and self._is_doubtful(item.flow, plan):
+        if self._doubts and self._is_doubtful(item.flow, plan):
             (flow or self._open(item.flow)).queue.append(item)
             return None
         if (plan.decides or plan.nodes or flow is not None) and self._must_wait(flow, plan):
@@ -107,7 +102,7 @@ class Forwarder:
         return (
             key not in self._flows
             and self._strategy.locate(account, resource) is HERE
-            and (not self._doubtful or key not in self._doubtful)
+            and (not self._doubts or key not in self._doubts)
         )
 
     def long(self, key: tuple[str, ...]) -> bool:
@@ -223,7 +218,7 @@ class Forwarder:
         """The receiver has not taken it; `version`: the view by which it is not the one that decides, or 0."""
         if sent.flow is not None:
             self.refusals += 1
-            self._seen[sent.node] = self._seen.get(sent.node, 0) + 1
+            self._refusals.take(sent.node)
         self._returned(sent, version)
 
     def lost(self, sent: Sent) -> None:
@@ -302,7 +297,8 @@ class Forwarder:
             self._strategy.noted(item.source, item.payload[1])
             self._finished(item)
             return
-        if item.mode in (Mode.DECIDE, Mode.SESSIONS) and self._is_latched(item, refusals_seen):
+        item.seen = refusals_seen
+        if self._goes_behind(item):
             self._refuse(item)
             return
         if item.mode is Mode.DECIDE and self._strategy.locate(item.account, item.resource).decides:
@@ -326,10 +322,7 @@ class Forwarder:
         """There is a newer view. The strategy is told first, then what waited for it goes on."""
         self.view = view
         self._sources = frozenset(node.incarnation for node in view.living_routers())
-        known: tuple[dict[str, Any], ...] = (self._latched, self._seen, self._given)
-        for by_router in known:
-            for gone in set(by_router) - self._sources:
-                del by_router[gone]
+        self._refusals.keep(self._sources)
         self._strategy.view_changed(view)
         early, self._early = self._early, {}
         for waiting in early.values():
@@ -339,18 +332,21 @@ class Forwarder:
         for flow in list(self._flows.values()):
             self._settle(flow)
 
-    def doubt(self, doubtful: dict[tuple[str, ...], str]) -> None:
-        """Flows of which a router has taken something that it has not made safe for long, by that router: it may
-        stand still, and what it has taken may come back. Nothing goes past it until that is known."""
-        before, self._doubtful = self._doubtful, doubtful
-        for key, node in before.items():
-            if doubtful.get(key) != node and (flow := self._flows.get(key)) is not None:
+    def doubt(self, doubts: Mapping[tuple[str, ...], Doubt]) -> None:
+        """Flows of which a router has taken something that it has not made safe for long: it may stand still, and
+        what it has taken may come back. Nothing goes past it until that is known."""
+        before, self._doubts = self._doubts, doubts
+        for key, doubt in before.items():
+            if doubts.get(key) != doubt and (flow := self._flows.get(key)) is not None:
                 self._settle(flow)
 
     def _is_doubtful(self, key: tuple[str, ...], plan: Plan) -> bool:
-        """Whether something of a flow may come back from a router to which the plan does not go."""
-        node = self._doubtful.get(key)
-        return node is not None and node != plan.decides and node not in plan.nodes
+        """Whether something of a flow may come back from a router to which the plan does not go, or from one that is
+        silent."""
+        doubt = self._doubts.get(key)
+        if doubt is None:
+            return False
+        return doubt.silent or (doubt.node != plan.decides and doubt.node not in plan.nodes)
 
     def give_up_waiting(self) -> None:
         """Called now and then: what came by a newer view and was waiting the last time goes back to who sent it."""
@@ -396,7 +392,7 @@ class Forwarder:
 
     def _send(self, node: str, item: Item, sent: Sent) -> None:
         self.sent += 1
-        self._port.send(node, item, sent, self._seen.get(node, 0))
+        self._port.send(node, item, sent, self._refusals.taken(node))
 
     def _hold(self, flow: Flow, item: Item, pending: Pending) -> None:
         """Lets the flow wait until an item is dealt with."""
@@ -426,24 +422,16 @@ class Forwarder:
         _settled(item)
 
     def _refuse(self, item: Item) -> None:
-        source = item.source
         if item.mode in (Mode.DECIDE, Mode.SESSIONS):
-            number = self._given[source] = self._given.get(source, 0) + 1
-            latched = self._latched.setdefault(source, OrderedDict())
-            latched[item.flow] = number
-            latched.move_to_end(item.flow)
+            self._refusals.give(item.source, item.flow)
         item.taken = False
         self._finished(item)
 
-    def _is_latched(self, item: Item, refusals_seen: int) -> bool:
-        latched = self._latched.get(item.source)
-        if not latched:
-            return False
-        refusal = latched.get(item.flow)
-        while latched and next(iter(latched.values())) <= refusals_seen:
-            # Its sender knows, and on a link nothing overtakes: no one needs to be told again.
-            latched.popitem(last=False)
-        return refusal is not None and refusal > refusals_seen
+    def _goes_behind(self, item: Item) -> bool:
+        """Whether it comes behind one of its flow that was refused."""
+        return item.mode in (Mode.DECIDE, Mode.SESSIONS) and self._refusals.goes_behind(
+            item.source, item.flow, item.seen
+        )
 
     def _settle(self, flow: Flow) -> None:
         """Goes on with what waits in a flow, when it may."""
@@ -463,10 +451,10 @@ class Forwarder:
             plan = HERE
             if item.mode is Mode.DECIDE:
                 plan = self._strategy.locate(item.account, item.resource)
-                if self._must_wait(flow, plan) or (self._doubtful and self._is_doubtful(flow.key, plan)):
+                if self._must_wait(flow, plan) or (self._doubts and self._is_doubtful(flow.key, plan)):
                     return
             flow.queue.popleft()
-            if plan.decides:
+            if plan.decides or (item.source and self._goes_behind(item)):
                 if item.source:
                     self._refuse(item)
                 else:

@@ -301,7 +301,7 @@ class Router:
         self.world.asked += bool(where)
         if item.missed < 2 and where:
             item.missed = 2
-            self.forwarder.copies(item, Plan(nodes=tuple(sorted(where))), False)
+            self.forwarder.copies(item, Plan(nodes=tuple(sorted(where)), certain=False), False)
             return
         message: Message = item.payload
         self.world.store.setdefault(item.account, set()).add((message.sender, message.number))

@@ -67,12 +67,13 @@ class _Offline:
 
     def noted(self, account: Jid, _note: bytes) -> Awaitable[bytes] | None:
         """Messages wait: whoever is here gets them, before what comes behind this note."""
-        here = [session for session in self._router.sessions(str(account)).values() if wants_stored(_own(session))]
+        sessions = list(self._router.sessions(str(account)).values())
+        for own in map(_own, sessions):
+            if own.doubtful:
+                self._router.in_background(self._read_back.read_again(own), "what a silent router has stored")
+        here = [session for session in sessions if wants_stored(_own(session))]
         if not here:
             return None
-        for own in map(_own, here):
-            if own.doubtful:
-                self._read_back.read_again(own)
         session = next(filter(self._router.is_open, here), here[0])
         self._router.hold(session)
         return self._give_to(session)

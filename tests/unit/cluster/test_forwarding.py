@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tidings.cluster.flows import Doubt
 from tidings.cluster.forwarding import MAX_OUTSTANDING, Forwarder, Item, Mode, Pending, Sent
 from tidings.cluster.node import Node, NodeState
 from tidings.cluster.strategy import HERE, Plan
@@ -223,7 +224,7 @@ def test_what_may_come_back_from_a_silent_router_goes_before_what_goes_elsewhere
     forwarder.run(first)
     sent = port.sent[0][2]
     forwarder.taken(sent)
-    forwarder.doubt({first.flow: "a"})
+    forwarder.doubt({first.flow: Doubt("a")})
     forwarder.run(item(2))
     assert port.of("a") == [1, 2], "to the same router it goes at once"
     port.answers("a", 2, taken=True)
@@ -238,10 +239,67 @@ def test_what_may_come_back_from_a_silent_router_goes_before_what_goes_elsewhere
 
 def test_nothing_is_dealt_with_here_while_what_went_before_may_come_back() -> None:
     forwarder, port = forwarding(HERE)
-    forwarder.doubt({item(1).flow: "a"})
+    forwarder.doubt({item(1).flow: Doubt("a")})
     assert not forwarder.is_here(item(1).flow, "juliet@example.org", "")
     forwarder.run(item(1))
     assert port.decided == []
     forwarder.doubt({})
     assert port.decided == [1]
     assert forwarder.is_here(item(1).flow, "juliet@example.org", "")
+
+
+def test_nothing_goes_past_what_a_silent_router_has_taken_though_copies_go_there_too() -> None:
+    """Its receiver may be at the other one by now: copies say nothing of that."""
+    forwarder, port = forwarding(GUESS)
+    forwarder.run(item(1))
+    port.answers("a", 1, taken=True)
+    forwarder.doubt({item(1).flow: Doubt("a")})
+    forwarder.run(item(2))
+    assert port.of("b") == [1, 2], "it answers: what it has taken only takes long to be written"
+    port.answers("a", 2, taken=True)
+    forwarder.doubt({item(1).flow: Doubt("a", silent=True)})
+    forwarder.run(item(3))
+    forwarder.run(item(4, "nurse@example.org"))
+    assert port.of("b") == [1, 2, 4]
+    forwarder.doubt({})
+    assert port.of("b") == [1, 2, 4, 3]
+
+
+class SlowPort(Port):
+    """Takes its time with every stanza."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Callable[[], None]] = []
+
+    def decide(self, item: Item, plan: Plan) -> Pending:
+        self.decided.append(item.payload)
+        item.taken = item.payload != 1
+        return "later" if item.payload == 1 else None
+
+    def wait(self, pending: Pending, then: Callable[[], None]) -> None:
+        self.waiting.append(then)
+
+
+def test_what_waited_behind_a_stanza_that_is_refused_is_refused_too() -> None:
+    """Its sender sends both again, in order."""
+    forwarder, _ = forwarding(HERE)
+    port = SlowPort()
+    forwarder._port = port  # type: ignore[assignment]
+    answers: list[tuple[Any, bool]] = []
+
+    def incoming(number: int, refusals_seen: int) -> None:
+        copy = item(number)
+        copy.mode, copy.source = Mode.SESSIONS, "a"
+        copy.answer = lambda item: answers.append((item.payload, item.taken))
+        forwarder.incoming(copy, 0, refusals_seen)
+
+    incoming(1, 0)
+    incoming(2, 0)
+    assert answers == []
+    port.waiting.pop()()
+    assert answers == [(1, False), (2, False)]
+    incoming(3, 0)
+    assert answers[2:] == [(3, False)]
+    incoming(4, 3)
+    assert answers[3:] == [(4, True)], "its sender knows"

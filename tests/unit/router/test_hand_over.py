@@ -181,3 +181,30 @@ def test_what_has_no_number_is_known_by_its_bytes_but_for_presence() -> None:
     assert found == [
         b"<message/>", b"<presence/>", b"<presence type='unavailable'/>", b"<presence/>", b"<message/>",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "early", "found"),
+    [
+        ("AU", "U", "AU"),
+        ("AU", "AU", "AU"),
+        ("A", "UA", "AUA"),
+        ("AUA", "UAU", "AUAU"),
+        ("U", "AU", "UAU"),
+        ("", "U", "U"),
+        ("A", "A", "A"),
+    ],
+)
+def test_presence_that_came_by_both_ways_comes_once(given: str, early: str, found: str) -> None:
+    """RFC 6121 4.5.2: who saw a contact go is told so once."""
+
+    def shown(letters: str) -> list[Envelope]:
+        return [stanza(0, raw=letter.encode(), kind=PRESENCE) for letter in letters]
+
+    assert "".join(one.stanza.decode() for one in in_order(shown(given), shown(early))) == found
+
+
+def test_presence_of_one_sender_is_not_taken_for_that_of_another() -> None:
+    first, second = (stanza(0, raw=b"<presence/>", kind=PRESENCE) for _ in range(2))
+    first.from_jid, second.from_jid = "romeo@example.org/r", "nurse@example.org/r"
+    assert list(in_order([first], [second])) == [first, second]

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from services.router.messages import CLAIMED
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
 from services.router.stranded import Stranded
@@ -81,3 +82,18 @@ async def test_it_is_looked_for_when_that_router_has_come_back(
     assert got(router, juliet) == ["1", "3"]
     stranded.view_changed(view(3, other=NodeState.UP))
     await until(lambda: got(router, juliet) == ["1", "3", "2"])
+
+
+async def test_a_session_of_negative_priority_is_given_what_was_for_it_alone(router: MemoryRouter) -> None:
+    """RFC 6121 8.5.3.1; what is for the account is not for it (8.5.2.1.1)."""
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    juliet.priority = -1
+    for number, holder in enumerate((CLAIMED + juliet.id, ""), 1):
+        one = message(str(number), juliet.jid_text)
+        one.from_jid = romeo.jid_text
+        assert router.safety.accept(romeo, one)
+        stored = router.safety.message(one, JULIET)
+        assert stored is not None
+        await router.stores.messages.keep(stored._replace(holder=holder))
+    await router.routing.deliveries.read_again(juliet)
+    assert got(router, juliet) == ["1"]
