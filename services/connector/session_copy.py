@@ -28,7 +28,7 @@ MAX_TAKEN = 2000
 MAX_DELIVERED = 1000
 # IQ requests whose answers are waited for, as at the router; and the seconds after which none is expected any more.
 MAX_ASKED = 1000
-IQ_DEADLINE = 28.0
+IQ_DEADLINE = 22.0
 
 REQUESTS = ("get", "set")
 

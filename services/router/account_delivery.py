@@ -37,6 +37,9 @@ TABLE_ASKED = 2
 # others have taken it over or ended it (orphans.py); and between two looks.
 SETTLED = 7.0
 LOOK = 0.25
+# Seconds between two tries to find who is to have an answer, while the database is away.
+RETRY = 1.0
+ANSWERS = ("error", "result")
 
 
 class AccountDelivery:
@@ -186,13 +189,13 @@ class AccountDelivery:
 
     async def _ask_table(self, item: Item) -> None:
         try:
-            nodes = await self._by_table(item)
+            nodes = await self._by_table_in_time(item)
             loop = asyncio.get_running_loop()
             ends = loop.time() + SETTLED
             while nodes - self.others - {self._own} and loop.time() < ends:
                 # A router that has only just come; or one that is gone: its sessions are taken over, or ended.
                 await self._newer_view(LOOK)
-                nodes = await self._by_table(item)
+                nodes = await self._by_table_in_time(item)
             elsewhere = tuple(sorted(nodes & self.others))
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)
@@ -211,6 +214,17 @@ class AccountDelivery:
                 self._answers.refuse(item.payload, error)
         except Exception:
             self._answers.failed(item.payload)
+
+    async def _by_table_in_time(self, item: Item) -> set[str]:
+        """The same; but nobody can be told that an answer does not arrive: it waits for the database. Raises
+        DatabaseAway."""
+        while True:
+            try:
+                return await self._by_table(item)
+            except DatabaseAway:
+                if item.payload.type not in ANSWERS:
+                    raise
+                await asyncio.sleep(RETRY)
 
     async def _by_table(self, item: Item) -> set[str]:
         """The routers that have sessions which an item may be for."""

@@ -20,7 +20,7 @@ from services.router.deliveries import Deliveries
 from services.router.forward_links import ForwardLinks
 from services.router.grpc_api import RouterApi
 from services.router.hand_over import GIVEN, HandOver
-from services.router.messages import MessageStore
+from services.router.messages import MessageStore, written
 from services.router.messages_sql import SqlMessageStore
 from services.router.negotiation import Negotiator
 from services.router.orphans import Orphans
@@ -58,6 +58,9 @@ log = get_logger("router")
 
 # Seconds that stanzas which came by a newer view wait for it, at most twice as long.
 EARLY_TIMEOUT = 5.0
+
+# Seconds for what a session was given to be written, before the next one of its full JID is bound.
+WRITTEN_TIMEOUT = 1.0
 
 # Seconds for the other routers to learn of this one and open their links to it.
 KNOWN_TIMEOUT = 5.0
@@ -149,6 +152,7 @@ class Router:
             self._tickets, safety, self._acknowledgements, resumption,
             copies, peers.answered, tasks.spawn,
         )  # fmt: skip
+        negotiator.written = lambda: written(self._messages, WRITTEN_TIMEOUT)
         safety.on_confirmed.append(copies.confirmed)
         routing.deliveries.is_far = lambda link: not copies.is_near(link)
         self._acknowledgements.cover = resumption.cover = copies.cover
@@ -342,6 +346,9 @@ class Router:
 
     async def stop(self) -> None:
         self._serving = False
+        # Nobody's time is over by a router that has none.
+        self._api.stop()
+        self._resumption.stop()
         await self._messages.stop()
 
 

@@ -66,8 +66,9 @@ class Copies:
 
     def confirmed(self, session: Session, ids: Iterable[bytes] = ()) -> None:
         """Copies keep what a client has confirmed until that is written: who takes the session over must not offer it
-        again. `ids`: of the messages among it; copies that begin meanwhile have these too."""
-        if session.holder is not None:
+        again. `ids`: of the messages among it; copies that begin meanwhile have these too, and what is read back here
+        by ids."""
+        if session.holder is not None or session.doubtful:
             number = session.outbound.acknowledged
             self._unmarked[session.id] = session, number
             session.unmarked.extend((number, id_) for id_ in ids)

@@ -252,14 +252,17 @@ class Deliveries:
 
     # --- what was stored ---
 
-    def give_stored(self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]]) -> int:
+    def give_stored(
+        self, session: Session, page: Iterable[tuple[Envelope, bytes, bool]], confirmed: Iterable[bytes] = ()
+    ) -> int:
         """Writes messages that were stored to a session's stream, ahead of what is held back: each with its id, and
-        whether sessions were given it when it came. What this one has had already is dropped. How many are done with:
-        the others find no room."""
+        whether sessions were given it when it came. What this one has had already is dropped; `confirmed`: among
+        that, ids of what it had confirmed when the page was asked for. How many are done with: the others find no
+        room."""
         done = 0
         account = session.jid.bare
         had = {self.kept_as(what, account) if isinstance(what, Envelope) else what for what in _given(session)}
-        had.update(id_ for _, id_ in session.unmarked)
+        had.update(confirmed, (id_ for _, id_ in session.unmarked))
         held = by_sender(chain(session.held or (), session.behind or ()))
         for envelope, id_, given in page:
             if session.outbound.bytes >= WINDOW_BYTES and _confirms(session):
@@ -325,10 +328,11 @@ class Deliveries:
         # Another connector than that of the stream holds the copy: it gets the stanza first.
         holder.deliver(session, envelope, number)
         if link is not None:
-            when_copied(session, holder, partial(self._copied, session, link, envelope, number))
+            when_copied(session, holder, partial(self._copied, session, link, session.stream, envelope, number))
 
-    def _copied(self, session: Session, link: ConnectorLink, envelope: Envelope, number: int) -> None:
-        if session.link is link:
+    def _copied(self, session: Session, link: ConnectorLink, stream: int, envelope: Envelope, number: int) -> None:
+        # One that has resumed meanwhile was given it with all that its client has not confirmed.
+        if session.link is link and session.stream == stream:
             self._to_stream(session, link, envelope, number)
 
     def _to_stream(self, session: Session, link: ConnectorLink, envelope: Envelope, number: int) -> None:

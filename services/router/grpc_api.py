@@ -160,6 +160,12 @@ class RouterApi(RouterServiceServicer):
         if not link.over:
             link.closed()
 
+    def stop(self) -> None:
+        """No link ends any more for want of a call."""
+        for link in self.links:
+            if link.expires is not None:
+                link.expires.cancel()
+
     def view_changed(self, view: ClusterView) -> None:
         """Connectors that are gone send nothing more."""
         alive = {node.incarnation for node in view.with_service("connector") if node.state is not NodeState.FAILED}

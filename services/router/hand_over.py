@@ -139,7 +139,8 @@ class HandOver:
         if session.moving or session.closed or (session.link is None and session.waits is None):
             return
         node = self.target(session.account)
-        if node is not None:
+        # Not to one from which it was just taken over: that one does not answer, and may be put out.
+        if node is not None and not self._routing.is_unsettled(session.account, node.incarnation):
             session.moving = True
             self._spawn(self._move(session, node), "hand a session over")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain, islice
 
 from services.router.messages import Done, Message
@@ -24,6 +24,10 @@ MARK_BYTES = 50
 # Marks that are remembered when they are written: of more, the oldest are forgotten. A message may come here behind
 # its mark, when the router that had taken it before has died.
 MAX_REMEMBERED = 50_000
+# How often a mark is written again that found no message, and how many such marks may wait for that; of more, the
+# oldest are forgotten. A session that was handed over confirms what another router has still to write.
+MAX_TRIES = 10
+MAX_EARLY = 50_000
 
 
 class Waiting:
@@ -52,6 +56,8 @@ class WriteQueue:
         self._messages: OrderedDict[Waiting, None] = OrderedDict()
         self._marks: dict[bytes, None] = {}
         self._remembered: OrderedDict[bytes, None] = OrderedDict()
+        # Marks that found no message, and how often they were tried.
+        self._early: OrderedDict[bytes, int] = OrderedDict()
         # The group that is being written.
         self._under_way: list[Waiting] = []
         self._marks_under_way: list[bytes] = []
@@ -112,7 +118,20 @@ class WriteQueue:
     def marked(self) -> set[bytes]:
         """What is acknowledged, and not yet known to be written so."""
         acknowledged = {known for known, same in self._by_id.items() if any(one.acknowledged for one in same)}
-        return acknowledged | self._marks.keys() | set(self._marks_under_way)
+        return acknowledged | self._marks.keys() | set(self._marks_under_way) | self._early.keys()
+
+    def early(self, ids: Collection[bytes]) -> list[bytes]:
+        """Marks of the group that is under way that find no message. Which of them are to be tried again later: not
+        those that were written once, and found it."""
+        again = []
+        for id_ in ids:
+            tries = self._early.pop(id_, 0) + 1
+            if id_ not in self._remembered and tries <= MAX_TRIES:
+                self._early[id_] = tries
+                again.append(id_)
+        while len(self._early) > MAX_EARLY:
+            self._early.popitem(last=False)
+        return again
 
     def _mark(self, id: bytes) -> None:
         if id not in self._marks:
@@ -137,14 +156,16 @@ class WriteQueue:
             del self._marks[acknowledged]
         return [waiting.message for waiting in self._under_way], self._marks_under_way
 
-    def written(self) -> None:
-        """What is under way is committed."""
+    def written(self, missing: Collection[bytes] = ()) -> None:
+        """What is under way is committed; `missing`: marks that have found no message."""
         group, marks = self._under_way, self._marks_under_way
         self._under_way, self._marks_under_way = [], []
         self.waiting_bytes -= MARK_BYTES * len(marks)
         self.marks_written += len(marks)
         for acknowledged in marks:
-            self._remembered[acknowledged] = None
+            if acknowledged not in missing:
+                self._remembered[acknowledged] = None
+                self._early.pop(acknowledged, None)
         while len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
         for waiting in group:

@@ -26,8 +26,9 @@ GROUP_MARKS = 2000
 # 1 ms of this process, whatever its size: under load everybody waits a little longer, so that there are fewer.
 PAUSE = 0.02
 MARKS_PAUSE = 0.05
-# Seconds between two tries while the database is away.
+# Seconds between two tries while the database is away; and until marks are written again that found no message.
 RETRY = 0.5
+EARLY = 1.0
 
 # What the database, or the making of a statement, says of a message that can never be written.
 BAD_DATA = (DataError, IntegrityError, ValueError, OverflowError)
@@ -121,15 +122,14 @@ class MessageWriter:
         if not group and not marks:
             return True
 
-        async def work(connection: AsyncConnection) -> None:
+        async def work(connection: AsyncConnection) -> set[bytes]:
             if group:
                 await statements.insert(connection, group)
-            if marks:
-                await statements.mark(connection, marks)
+            return await statements.mark(connection, marks) if marks else set()
 
         try:
             # A mark must not miss a message that another server of Galera has committed.
-            await self._database.transaction(work, causal=bool(marks))
+            missing = await self._database.transaction(work, causal=bool(marks))
         except BAD_DATA as error:
             if len(group) == 1:
                 log.error("message_refused", account=str(group[0].account), reason=_reason(error))
@@ -148,7 +148,10 @@ class MessageWriter:
         if self.away:
             log.info("messages_are_written_again")
         self.away = False
-        self.queue.written()
+        early = self.queue.early(missing)
+        if early:
+            asyncio.get_running_loop().call_later(EARLY, self.mark, early)
+        self.queue.written(missing)
         return True
 
 

@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -135,7 +135,8 @@ class MessageStore(Protocol):
 
         It is written soon, never before the message itself, and tried again while the database is away. A message
         that waits to be written, and was not tried yet, is written as not pending; if it is not archived either it is
-        not written at all, and its `done(None)` is called at once. Ids that are not known do no harm.
+        not written at all, and its `done(None)` is called at once. What is not known may be on its way from another
+        router: it MUST be marked when it comes within some seconds. Ids that are never known do no harm.
         """
 
     @property
@@ -147,9 +148,9 @@ class MessageStore(Protocol):
         """Whether the last commit failed: what waits is tried again."""
 
     @property
-    def marks(self) -> tuple[int, int]:
-        """How many acknowledged messages were ever to be marked, and how many of these marks are committed. One whose
-        message is being written counts from when that is done."""
+    def marks(self) -> Sequence[tuple[int, int]]:
+        """How many acknowledged messages were ever to be marked, and how many of these marks are committed, for each
+        part of the store that commits by itself. One whose message is being written counts from when that is done."""
 
     @property
     def oldest_waiting(self) -> float:
@@ -202,8 +203,8 @@ async def marked(store: MessageStore) -> None:
     """Waits until all marks are committed that wait for it now."""
     while not await written(store, LOOK):
         pass
-    put = store.marks[0]
-    while store.marks[1] < put:  # noqa: ASYNC110 - it ends with the next commit
+    put = [put for put, _ in store.marks]
+    while any(done < wanted for (_, done), wanted in zip(store.marks, put, strict=True)):  # noqa: ASYNC110 - soon
         await asyncio.sleep(LOOK)
 
 

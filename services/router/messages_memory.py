@@ -49,8 +49,8 @@ class MemoryMessageStore:
         return self._queue.waiting_bytes
 
     @property
-    def marks(self) -> tuple[int, int]:
-        return self._queue.marks_put, self._queue.marks_written
+    def marks(self) -> list[tuple[int, int]]:
+        return [(self._queue.marks_put, self._queue.marks_written)]
 
     @property
     def oldest_waiting(self) -> float:

@@ -59,9 +59,8 @@ class SqlMessageStore(SqlArchive):
         return any(writer.away for writer in self._writers)
 
     @property
-    def marks(self) -> tuple[int, int]:
-        queues = [writer.queue for writer in self._writers]
-        return sum([queue.marks_put for queue in queues]), sum([queue.marks_written for queue in queues])
+    def marks(self) -> list[tuple[int, int]]:
+        return [(writer.queue.marks_put, writer.queue.marks_written) for writer in self._writers]
 
     @property
     def oldest_waiting(self) -> float:

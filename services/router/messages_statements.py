@@ -35,6 +35,7 @@ _INSERT = (
 )
 _UPDATE = "update messages set pending = 0 where archived = 1 and"
 _DELETE = "delete from messages where archived = 0 and"
+_FIND = "select id from messages where"
 
 
 def peer_hash(peer: str) -> int:
@@ -57,18 +58,24 @@ async def insert(connection: AsyncConnection, messages: Sequence[Message]) -> No
         await _insert_sqlite(connection, ordered)
 
 
-async def mark(connection: AsyncConnection, ids: Sequence[bytes]) -> None:
-    """Takes the mark of being pending off; removes those that are not archived. Ids without a row do no harm."""
-    texts = sorted(map(id_text, ids))
+async def mark(connection: AsyncConnection, ids: Sequence[bytes]) -> set[bytes]:
+    """Takes the mark of being pending off; removes those that are not archived. Returns the ids without a row."""
+    by_text = {id_text(id_): id_ for id_ in ids}
+    texts = sorted(by_text)
+    these = "','".join(texts)
     if connection.dialect.name == "mysql":
-        these = "','".join(texts)
         update, delete, parameters = f"{_UPDATE} id in ('{these}')", f"{_DELETE} id in ('{these}')", None
     else:
         update, delete = f"{_UPDATE} id = ?", f"{_DELETE} id = ?"
         parameters = [(text,) for text in texts]
     # Rows that were not pending count too: most groups find all of theirs archived, and that is all.
-    if await _run(connection, update, parameters) < len(texts):
+    updated = await _run(connection, update, parameters)
+    if updated == len(texts):
+        return set()
+    found = {row[0] for row in await _execute(connection, f"{_FIND} id in ('{these}')", None)}
+    if len(found) > updated:
         await _run(connection, delete, parameters)
+    return {by_text[text] for text in texts if text not in found}
 
 
 async def _execute(connection: AsyncConnection, statement: str, parameters: Any) -> sa.CursorResult[Any]:

@@ -113,6 +113,8 @@ class Negotiator:
         self.reattachment: Reattachment = None  # type: ignore[assignment]
         # Sessions that are ending just now.
         self.ending = 0
+        # Waits, not for long, until all is written that is to be.
+        self.written: Callable[[], Awaitable[object]] = _at_once
 
     # --- features ---
 
@@ -404,6 +406,8 @@ class Negotiator:
         """RFC 6120 7.7.2.2: the newcomer wins, so that a client whose old connection hangs gets in again."""
         log.info("resource_conflict", account=session.account)
         await self.close(session, "conflict", "replaced by a new connection")
+        # What it was given and has not confirmed is stored by then: the newcomer finds it, before anything else.
+        await self.written()
 
     async def close(self, session: Session, condition: str, text: str) -> None:
         """Ends a session and its stream, with an error."""
@@ -438,3 +442,6 @@ def _speaks_for(jid: Jid, claimed: str | None) -> bool:
         return Jid.parse(claimed) in (jid, jid.bare)
     except JidError:
         return False
+
+
+async def _at_once() -> None: ...

@@ -78,11 +78,13 @@ class ReadBack:
         one that it was given. One that does not want what is stored for its account gets what is for it alone."""
         account = session.jid.bare
         most, alone = min(PAGE, self._deliveries.room(session)), not wants_stored(session)
+        # While the store is asked it may be told of them.
+        confirmed = {id_ for _, id_ in session.unmarked}
         kept = await self._messages.pending(account, session.id, most, after, alone)
         if not kept or not self._deliveries.accepts(session):
             return False, after
         page = [(_delayed(message, account), message.id, message.given) for message in kept]
-        given = self._deliveries.give_stored(session, page)
+        given = self._deliveries.give_stored(session, page, confirmed)
         return True, kept[given - 1].position if given else after
 
     async def read_again(self, session: Session) -> None:

@@ -153,12 +153,10 @@ class Reattachment:
                 if gone is not None:
                     # Its row was taken from it without our noticing.
                     await self.dismiss(gone)
-            if self._is_alive(row.router):
-                session.doubtful = True
-                session.notes[DOUBTFUL] = b"1"
+            session.doubtful = True
+            session.notes[DOUBTFUL] = b"1"
             self._begin(link, stream, session, record)
-        if session.doubtful:
-            self._spawn(self._until_certain(session, row.router), "a router from which a session was taken over")
+        self._spawn(self._until_certain(session, row.router), "a router from which a session was taken over")
         return session
 
     async def _until_certain(self, session: Session, router: str) -> None:
@@ -175,6 +173,8 @@ class Reattachment:
                 await asyncio.sleep(WRITTEN)  # its last commit may be under way
             if self._sessions.get(session.id) is session:
                 await self._routing.deliveries.read_again(session)
+        if self._sessions.get(session.id) is session:
+            self._hand_over.place(session)
 
     async def _row(self, jid: Jid, attach: SessionAttach) -> SessionRow | None:
         """The session's row, if it is as the connector knows it: still its router's, or one's that it has asked

@@ -119,6 +119,11 @@ class Resumption:
             session.closed = True
             await self.end(session)
 
+    def stop(self) -> None:
+        """No session ends any more for want of a client."""
+        for session in self._sessions:
+            _stop_waiting(session)
+
     def ended(self, session: Session) -> None:
         _stop_waiting(session)
         if session.resume_seconds:

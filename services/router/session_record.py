@@ -44,7 +44,10 @@ def record_of(session: Session, asked: Iterable[tuple[str, str, float]], left: f
     record.resume_left = left
     record.asked.extend(AskedIq(to_jid=to, id=id_, left=left) for to, id_, left in asked)
     for sent in inbound.repeatable():
-        record.unconfirmed.add(number=sent.number, kind=sent.kind, id=sent.id, to_jid=sent.to, stanza=sent.raw)
+        record.unconfirmed.add(
+            number=sent.number, kind=sent.kind, id=sent.id, to_jid=sent.to, stanza=sent.raw,
+            answered=inbound.is_known_safe(sent),
+        )  # fmt: skip
     for number, id_ in session.unmarked:
         record.unconfirmed_messages.add(delivery=number, id=id_)
     for number, what in outbound.queue:
@@ -82,7 +85,10 @@ def session_of(
         inbound.before, inbound.handled = record.counted_after, record.handled
         if record.unconfirmed:
             inbound.carry_on(
-                [Sent(one.number, one.kind, one.id, one.to_jid, one.stanza) for one in record.unconfirmed],
+                [
+                    Sent(one.number, one.kind, one.id, one.to_jid, one.stanza, one.answered)
+                    for one in record.unconfirmed
+                ],
                 doubtful,
             )
         inbound.last = record.number

@@ -116,8 +116,8 @@ class Session:
         self.settling: asyncio.TimerHandle | None = None
         # No message has been delivered to it as it came.
         self.fresh = True
-        # It was taken over from a router that may still have taken messages for it: what the store says was given to
-        # it may not have been.
+        # It was taken over from a router that may have taken messages for it, or not taken what others of its account
+        # were given: what the store says was given to it may not have been.
         self.doubtful = False
 
     def changed(self) -> None:

@@ -125,6 +125,22 @@ async def test_what_waits_is_counted_until_it_is_kept(stores: Stores) -> None:
 # --- marks of delivery ---
 
 
+async def test_what_is_delivered_before_another_router_has_written_it_waits_no_longer_either(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session was handed over meanwhile, and its client has confirmed it there."""
+    monkeypatch.setattr("services.router.message_writer.EARLY", 0.05)
+    late = [message(ROMEO, n, archived=n > 0) for n in range(3)]
+    stores.other.delivered(ROMEO, [one.id for one in late])
+    await settled(stores.other)
+    for one in late:
+        await stores.store.keep(one)
+    async with asyncio.timeout(5.0):
+        while await stores.store.pending_count(ROMEO):
+            await asyncio.sleep(0.01)
+    assert await archive(stores) == [1, 2]
+
+
 async def test_what_is_delivered_waits_no_longer_and_what_is_not_archived_is_gone(stores: Stores) -> None:
     for n in range(4):
         await stores.store.keep(message(ROMEO, n, archived=n % 2 == 0))

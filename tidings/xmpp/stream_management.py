@@ -49,6 +49,8 @@ class Sent(NamedTuple):
     id: str
     to: str
     raw: bytes
+    # Known to be dealt with, and safe, at the router that had the session before.
+    safe: bool = False
 
 
 class Inbound:
@@ -144,6 +146,10 @@ class Inbound:
     def is_safe(self, number: int) -> bool:
         return number not in self._open
 
+    def is_known_safe(self, sent: Sent) -> bool:
+        """Of what the client may repeat: whether it is known to be dealt with, and safe."""
+        return sent.safe or (self.is_safe(sent.number) and not (self.doubtful and sent.number <= self.resumed_at))
+
     def unsafe(self) -> list[int]:
         return list(self._open)
 
@@ -194,7 +200,7 @@ class Inbound:
                 for _ in range(index + 1):
                     self._again.popleft()
                 self._counted.append(sent)
-                if self.doubtful and sent.number not in self._open:
+                if self.doubtful and not sent.safe and sent.number not in self._open:
                     self._open[sent.number] = 1
                     self.revived = sent.number
                 self._advance()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
+from services.router.store import SessionRow
 from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, until, view
 from tidings.cluster.node import NodeState
 from tidings.cluster.strategies.broadcast import Broadcast
 from tidings.cluster.strategies.online_users import OnlineUsers
+from tidings.kit.db import DatabaseAway
 from tidings.kit.module import IQ
+from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid
 
 JULIET = f"juliet@{HOST}"
@@ -89,5 +94,40 @@ async def test_what_comes_from_a_router_that_has_lost_a_session_waits_for_what_t
         assert b.routing.is_unsettled(JULIET, "a")
     await until(lambda: b.link.bodies(juliet) == ["3", "1", "2"])
     assert not b.routing.is_unsettled(JULIET, "a")
+    for router in (a, b):
+        await router.stop()
+
+
+async def test_an_error_waits_for_the_database_that_says_where_its_receiver_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can be told that an answer did not arrive."""
+    monkeypatch.setattr("services.router.account_delivery.RETRY", 0.01)
+    routers: dict[str, MemoryRouter] = {}
+    stores = Stores()
+    a, b = (MemoryRouter(name, routers, stores, OnlineUsers) for name in "ab")
+    for router in (a, b):
+        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
+    romeo, nurse = await b.session("romeo"), await a.session("nurse")
+    a.routing.strategy.view_changed(view(2, a=NodeState.UP, b=NodeState.UP))
+    asked: list[str] = []
+    rows = stores.table.of_account
+
+    async def away(account: Jid) -> list[SessionRow]:
+        asked.append(str(account))
+        if len(asked) < 4:
+            raise DatabaseAway("gone")
+        return await rows(account)
+
+    monkeypatch.setattr(stores.table, "of_account", away)
+    refused = message("1", f"capulet@{HOST}")
+    refused.from_jid = romeo.jid_text
+    a.routing.answers.refuse(refused, StanzaError("service-unavailable"))
+    await until(lambda: [envelope.type for envelope in b.link.of(romeo)] == ["error"])
+    assert len(asked) == 4
+    asked.clear()
+    await a.send(nurse, message("2", f"tybalt@{HOST}"))
+    await until(lambda: [envelope.type for envelope in a.link.of(nurse)] == ["error"])
+    assert len(asked) == 1, "who has sent a message is told at once"
     for router in (a, b):
         await router.stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -11,6 +11,7 @@ from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_o
 from services.router.sessions import Session
 from services.router.stranded import Stranded
 from tests.unit.router.memory_router import HOST, MemoryRouter, message, until, view
+from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
 from tidings.kit.module import MESSAGE
 from tidings.xmpp.jid import Jid
@@ -97,3 +98,50 @@ async def test_a_session_of_negative_priority_is_given_what_was_for_it_alone(rou
         await router.stores.messages.keep(stored._replace(holder=holder))
     await router.routing.deliveries.read_again(juliet)
     assert got(router, juliet) == ["1"]
+
+
+async def test_what_was_confirmed_while_the_store_was_asked_is_not_given_again(router: MemoryRouter) -> None:
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    juliet.doubtful = True
+    one = message("1", juliet.jid_text)
+    one.from_jid = romeo.jid_text
+    assert router.safety.accept(romeo, one)
+    id_ = router.safety.kept_as(one, JULIET)
+    assert id_ is not None
+    assert router.routing.deliveries.give_stored(juliet, [(one, id_, True)], confirmed=[id_]) == 1
+    assert got(router, juliet) == []
+    assert router.routing.deliveries.give_stored(juliet, [(one, id_, True)]) == 1
+    assert got(router, juliet) == ["1"]
+
+
+class Holder:
+    """A connector that holds a copy, and takes its time."""
+
+    incarnation = "c2"
+    local = False
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def deliver(self, session: Session, envelope: Envelope, number: int) -> None:
+        """It has it."""
+
+    def when_copied(self, then: Callable[[], None]) -> None:
+        self.waiting.append(then)
+
+
+async def test_what_waits_for_a_copy_is_not_written_to_the_stream_that_resumes_meanwhile(
+    router: MemoryRouter,
+) -> None:
+    """XEP-0198 5: it gets all that was not acknowledged, and each of that once; the link may be the same."""
+    juliet, holder = await router.session("juliet"), Holder()
+    juliet.inbound.enable()
+    juliet.outbound.enable()
+    juliet.holder = holder  # type: ignore[assignment]
+    router.routing.deliveries.to_session(juliet, message("1", juliet.jid_text))
+    assert got(router, juliet) == []
+    juliet.stream += 1
+    router.routing.deliveries.to_session(juliet, message("2", juliet.jid_text))
+    for then in holder.waiting:
+        then()
+    assert got(router, juliet) == ["2"]

@@ -247,3 +247,26 @@ def test_the_elements_are_those_of_the_specification() -> None:
     assert ack(0) == b"<a xmlns='urn:xmpp:sm:3' h='0'/>"
     assert count_of(str(MODULUS - 1)) == MODULUS - 1
     assert [seconds_of(text) for text in ("", "0", "60", "-1")] == [None, None, 60, None]
+
+
+def test_what_is_known_to_be_safe_is_not_dealt_with_again_behind_a_take_over() -> None:
+    """5: the client repeats what is not in `h`; the router that had it is gone."""
+    before = Inbound()
+    before.enable()
+    numbers = [send(before, id_) for id_ in "abc"]
+    before.settle(numbers[1])
+    before.resume()
+    kept = [sent._replace(safe=before.is_known_safe(sent)) for sent in before.kept()]
+    assert [sent.safe for sent in kept] == [False, True, False]
+    after = Inbound()
+    after.enable()
+    after.number = 3
+    after.carry_on(kept, doubtful=True)
+    assert [after.is_known_safe(sent) for sent in after.kept()] == [False, True, False], "nor by the next one"
+    revived = []
+    for id_ in "abc":
+        number, after.revived = send(after, id_), 0
+        revived.append(number in after.unsafe())
+    assert revived == [True, False, True]
+    after.settle(1)
+    assert after.handled == 2

@@ -187,8 +187,9 @@ class Envelope(google.protobuf.message.Message):
     prompt: builtins.bool
     """Between routers: the sender waits for the answer; without it an answer that says only "taken" is not sent."""
     answered: builtins.bool
-    """From a connector that brings a session to another router: an IQ request that has its answer. It keeps its place
-    among what the client has sent, and is not dealt with again.
+    """From a connector that brings a session to another router: an IQ request that has its answer. In the record of a
+    session: what the client may repeat, and its router has dealt with and made safe. Either keeps its place among
+    what the client has sent, and is not dealt with again.
     """
     @property
     def children(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
