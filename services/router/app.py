@@ -197,9 +197,10 @@ class Router:
         copies.keep, copies.is_here = self._binding.keep, lambda session: sessions.get(session.id) is session
         resumption.surrender, resumption.answers = self._api.surrender, self._answers
         self._taken_over = TakenOver(
-            own, sessions, table, self._messages, lambda: self._api.is_cut or self._links.is_cut, negotiator.dismiss,
-            tasks.spawn,
+            own, sessions, table, self._messages, lambda: bool(self._api.cut) or self._links.is_cut,
+            negotiator.dismiss, tasks.spawn,
         )  # fmt: skip
+        routing.cut, routing.check = self._api.cut, self._taken_over.check
         self._api.stood_still = self._taken_over.stood_still
         hooks.notes[TAKEN] = self._taken_over.noted
         context.server.add(

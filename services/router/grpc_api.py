@@ -73,6 +73,8 @@ class RouterApi(RouterServiceServicer):
         self.stood_still: Callable[[], Awaitable[object] | None] = lambda: None
         # The links of connectors, by their incarnations; and which of these the view has shown.
         self._links: dict[str, ConnectorLink] = {}
+        # Those that have no call: their connectors are out of reach.
+        self.cut: set[ConnectorLink] = set()
         self._seen: set[str] = set()
 
     async def Attach(  # type: ignore[override] # grpc.aio also takes a coroutine that writes by itself
@@ -121,6 +123,7 @@ class RouterApi(RouterServiceServicer):
                 if local:
                     self._end(link)
                 elif not link.over:
+                    self.cut.add(link)
                     link.expires = asyncio.get_running_loop().call_later(LINK_TIMEOUT, self._end, link)
             # What it has not written goes with the next call.
             outbox.end()
@@ -143,6 +146,7 @@ class RouterApi(RouterServiceServicer):
         if link.expires is not None:
             link.expires.cancel()
             link.expires = None
+        self.cut.discard(link)
         link.location = hello.location
         return link, fresh
 
@@ -155,6 +159,7 @@ class RouterApi(RouterServiceServicer):
         """A link is over, and its streams with it."""
         if self._links.get(link.incarnation) is link:
             del self._links[link.incarnation]
+        self.cut.discard(link)
         if link.handling is not None and link.handling is not asyncio.current_task():
             link.handling.cancel()
         if not link.over:
@@ -183,11 +188,6 @@ class RouterApi(RouterServiceServicer):
     @property
     def links(self) -> list[ConnectorLink]:
         return list(self._links.values())
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether a connector is out of reach."""
-        return any(link.handling is None for link in self._links.values())
 
     async def Forward(  # type: ignore[override]
         self, request_iterator: AsyncIterator[ForwardRequest], context: Any

@@ -12,7 +12,7 @@ behind the stanza waits, and nothing overtakes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -36,6 +36,7 @@ from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid, JidError
 
 if TYPE_CHECKING:
+    from services.router.connector_link import ConnectorLink
     from services.router.forward_links import ForwardLinks
     from services.router.orphans import Orphans
     from services.router.safety import Safety
@@ -93,6 +94,9 @@ class Routing:
         self.on_answer: Callable[[Session, Envelope], object] = lambda _session, _envelope: None
         # By account and router: sessions that were taken over from there, each with what is set when that is settled.
         self._unsettled: dict[tuple[str, str], list[asyncio.Event]] = {}
+        # Links of connectors that are out of reach; and what ends those sessions of an account that others have.
+        self.cut: Collection[ConnectorLink | None] = ()
+        self.check: Callable[[str], Awaitable[None]] = _nothing
         # For metrics.
         self.received = 0
 
@@ -277,7 +281,7 @@ class Routing:
         if to.resource and kind not in self._hooks.received and self.forwarder.is_here(flow, account, to.resource):
             # What most stanzas are: for a session that is here.
             match = self._sessions.of(account).get(to.resource)
-            if match is not None:
+            if match is not None and not (self.cut and match.link in self.cut):
                 self._at_account.give(match, envelope, alone=True)
                 return None
         if session is not None and account == session.account and kind == IQ and not to.resource:
@@ -325,6 +329,8 @@ class Routing:
         envelope: Envelope = item.payload
         if item.mode is Mode.NOTE:
             return self.notes.noted(item)
+        if self.cut and not item.checked and self._may_be_elsewhere(item.account):
+            return self._check_first(item, plan)
         if self._unsettled and item.source:
             settled = self._unsettled.get((item.account, item.source))
             if settled is not None:
@@ -348,6 +354,17 @@ class Routing:
         except Exception:
             self.answers.failed(envelope)
         return None
+
+    def _may_be_elsewhere(self, account: str) -> bool:
+        """Whether an account has a session here that others may have taken over: its connector is out of reach."""
+        return any(session.link in self.cut for session in self._sessions.of(account).values())
+
+    async def _check_first(self, item: Item, plan: Plan) -> None:
+        item.checked = True
+        await self.check(item.account)
+        pending = self.decide(item, plan)
+        if pending is not None:
+            await pending
 
     @contextmanager
     def unsettled(self, account: str, router: str) -> Iterator[None]:
@@ -431,3 +448,6 @@ def _check(envelope: Envelope) -> None:
 def _settle(relieved: asyncio.Future[None]) -> None:
     if not relieved.done():
         relieved.set_result(None)
+
+
+async def _nothing(_account: str) -> None: ...

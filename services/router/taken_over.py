@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from services.router.messages import written
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
+from tidings.xmpp.jid import Jid
 
 if TYPE_CHECKING:
     from services.router.messages import MessageStore
     from services.router.sessions import Session, Sessions
     from services.router.store import SessionTable
-    from tidings.xmpp.jid import Jid
 
 log = get_logger("cluster")
 
@@ -115,6 +115,24 @@ class TakenOver:
             return
         lost = [self._end(session) for session in here if session.id not in rows and self._is_here(session)]
         await asyncio.gather(*lost)
+
+    async def check(self, account: str) -> None:
+        """The same for one account, before something is given to a session of it whose connector is out of reach."""
+        here = [session for session in self._sessions.of(account).values() if self._is_here(session)]
+        asked = self._spawn(self._rows_of(account), "whose sessions an account has")
+        await asyncio.wait({asked}, timeout=ASK_TIMEOUT)
+        rows = asked.result() if asked.done() else None
+        if rows is not None:
+            await asyncio.gather(
+                *(self._end(session) for session in here if session.id not in rows and self._is_here(session))
+            )
+
+    async def _rows_of(self, account: str) -> set[str] | None:
+        try:
+            rows = await self._table.of_account(Jid.parse(account))
+        except DatabaseAway:
+            return None
+        return {row.session for row in rows if row.router == self._own}
 
     def _is_here(self, session: Session) -> bool:
         return self._sessions.get(session.id) is session and not session.moving and not session.closed

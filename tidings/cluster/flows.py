@@ -55,6 +55,8 @@ class Item:
     source: str = ""
     # How often nobody took it.
     missed: int = 0
+    # It was looked whether the sessions that it may be for are still here.
+    checked: bool = False
     # How many refusals of this router its sender had seen when it sent it.
     seen: int = 0
     # Said by who deals with it, when it came from another router: whether somebody took it, and an answer.

@@ -35,6 +35,15 @@ T = TypeVar("T")
 POOL_TIMEOUT = 10.0
 STATEMENT_TIMEOUT = 8.0
 TRY_TIMEOUT = 2.0
+# Seconds for which a transaction waits for the locks of another one, which may hang: then it is tried again. And for
+# which MariaDB lets one stand still that holds them: a process that was stopped in the midst must not hold up others.
+LOCK_TIMEOUT = 3
+IDLE_TIMEOUT = 2
+# The latter no other database knows; they take it for a comment.
+_BOUNDS = (
+    f"set session innodb_lock_wait_timeout = {LOCK_TIMEOUT} "
+    f"/*M!100303 , session idle_transaction_timeout = {IDLE_TIMEOUT} */"
+)
 # Seconds between two transactions of one process on SQLite.
 SQLITE_PAUSE = 0.002
 POOL_SIZE = 8
@@ -309,5 +318,5 @@ def _mysql_engine(url: DatabaseUrl, connections: int) -> AsyncEngine:
         pool_size=min(POOL_SIZE, connections), max_overflow=max(0, connections - POOL_SIZE),
         pool_timeout=POOL_TIMEOUT, pool_recycle=600,
         isolation_level="READ COMMITTED",
-        connect_args={"charset": "utf8mb4"},
+        connect_args={"charset": "utf8mb4", "init_command": _BOUNDS},
     )  # fmt: skip

@@ -106,3 +106,26 @@ async def test_a_statement_that_is_wrong_is_no_database_that_is_away(database_ur
 def refusal(number: int) -> sa.TextClause:
     """Makes the server answer with an error of that number."""
     return sa.text(f"signal sqlstate 'HY000' set mysql_errno = {number}, message_text = 'no'")
+
+
+async def test_a_transaction_that_stands_still_does_not_hold_up_others_for_long(mariadb: MariaDB) -> None:
+    """Its process was stopped in the midst, and holds locks that others need."""
+    url = parse(mariadb.create_database())
+    async with opened(url) as stopped, opened(url) as other:
+        async with other.write() as connection:
+            await connection.execute(sa.text("create table counters (name int primary key, count int)"))
+            await connection.execute(sa.text("insert into counters values (1, 0)"))
+        raised = sa.text("update counters set count = count + 1 where name = 1")
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(raised)
+
+        with pytest.raises(DatabaseAway):
+            async with stopped.write() as connection:
+                await connection.execute(raised)
+                started = time.monotonic()
+                await other.transaction(work)
+                assert time.monotonic() - started < db.IDLE_TIMEOUT + db.LOCK_TIMEOUT
+        await stopped.transaction(work)
+        async with other.read() as connection:
+            assert (await connection.execute(sa.text("select count from counters"))).scalar() == 2

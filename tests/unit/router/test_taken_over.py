@@ -10,7 +10,7 @@ import pytest
 from services.router.sessions import Session
 from services.router.store import SessionRow
 from services.router.taken_over import STILL, TakenOver, taken
-from tests.unit.router.memory_router import MemoryRouter, until
+from tests.unit.router.memory_router import MemoryRouter, message, until
 from tidings.kit.db import DatabaseAway
 
 
@@ -183,3 +183,26 @@ async def test_a_note_of_an_epoch_that_is_over_ends_nothing(bench: Bench) -> Non
     juliet.epoch = 5
     assert await bench.taken_over.noted(juliet.jid.bare, taken(5, juliet.id)) == b""
     assert bench.dismissed == []
+
+
+# --- before a session whose connector is out of reach gets something ---
+
+
+async def test_nothing_is_taken_for_a_session_that_another_router_may_have_before_the_table_has_said_whose_it_is(
+    bench: Bench,
+) -> None:
+    router = bench.router
+    router.routing.check = bench.taken_over.check
+    router.routing.cut = {router.link}  # type: ignore[assignment]
+    romeo, juliet, nurse = [await router.session(name) for name in ("romeo", "juliet", "nurse")]
+    await bench.loses(juliet)
+    await router.stores.accounts.create(juliet.jid.domain, "juliet", {})
+    await router.send(romeo, message("1", nurse.jid_text))
+    await router.send(romeo, message("2", juliet.jid_text))
+    await until(lambda: router.link.bodies(nurse) == ["1"] and bench.dismissed == [juliet])
+    assert router.link.bodies(juliet) == []
+    router.routing.cut = ()
+    asked = router.stores.table.asked
+    await router.send(romeo, message("3", nurse.jid_text))
+    assert router.link.bodies(nurse) == ["1", "3"]
+    assert router.stores.table.asked == asked, "a connector in reach says what becomes of its sessions"
