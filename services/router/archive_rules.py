@@ -21,6 +21,7 @@ class ArchiveRules:
         self._rosters = rosters
         self._host_default = host_default
         self._idle_by_default = not any(host_default(host) for host in hosts)
+        self._defaults: dict[str, bool] = {}
         # Of accounts that have set some.
         self._preferences: dict[str, Preferences] = {}
 
@@ -33,7 +34,10 @@ class ArchiveRules:
         """Whether a message from or to `peer` goes into an account's archive."""
         preferences = self._preferences.get(account.bare_text) if self._preferences else None
         if preferences is None:
-            return self._host_default(account.domain)
+            default = self._defaults.get(account.domain)
+            if default is None:
+                default = self._defaults[account.domain] = self._host_default(account.domain)
+            return default
         # 2.3.1: a full JID in a list counts before the bare one.
         bare = peer.partition("/")[0]
         for listed in (peer, bare):

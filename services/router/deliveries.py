@@ -311,7 +311,9 @@ class Deliveries:
         self.delivered += 1
         if inbound.counts:
             shared = link is not None and len(outbound.queue) < MAX_SHARED
-            outbound.keep(envelope if shared else own_copy(envelope), len(envelope.stanza))
+            # It is known now: the message was just written.
+            id_ = self.kept_as(envelope, session.jid.bare) if envelope.kind == MESSAGE else None
+            outbound.keep(envelope if shared else own_copy(envelope), len(envelope.stanza), id_)
         elif envelope.kind == MESSAGE and (id_ := self.kept_as(envelope, session.jid.bare)) is not None:
             outbound.keep(id_, len(envelope.stanza))
             if len(outbound.queue) > MAX_UNCONFIRMED:

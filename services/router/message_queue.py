@@ -61,8 +61,9 @@ class WriteQueue:
         # The group that is being written.
         self._under_way: list[Waiting] = []
         self._marks_under_way: list[bytes] = []
-        # All messages that are not settled, by id: several under one, when a message is written twice.
-        self._by_id: dict[bytes, list[Waiting]] = {}
+        # All messages that are not settled, by id; and, when a message is written twice, those behind the first.
+        self._by_id: dict[bytes, Waiting] = {}
+        self._twins: dict[bytes, list[Waiting]] = {}
         self._urgent: set[Waiting] = set()
         self.waiting_bytes = 0
         # Marks that were ever put in, and those of them that are committed.
@@ -94,7 +95,8 @@ class WriteQueue:
             return
         waiting = Waiting(message, done, since, urgent)
         self._messages[waiting] = None
-        self._by_id.setdefault(message.id, []).append(waiting)
+        if self._by_id.setdefault(message.id, waiting) is not waiting:
+            self._twins.setdefault(message.id, []).append(waiting)
         self.waiting_bytes += len(message.stanza) + MESSAGE_BYTES
         if urgent:
             self._urgent.add(waiting)
@@ -102,7 +104,7 @@ class WriteQueue:
     def mark(self, ids: Iterable[bytes]) -> None:
         """Messages are pending no longer."""
         for acknowledged in ids:
-            found = tuple(self._by_id.get(acknowledged, ()))
+            found = self._same(acknowledged)
             for waiting in found:
                 if waiting.tried:
                     # It may be there as pending: it gets its mark when it is known to be there.
@@ -117,7 +119,7 @@ class WriteQueue:
 
     def marked(self) -> set[bytes]:
         """What is acknowledged, and not yet known to be written so."""
-        acknowledged = {known for known, same in self._by_id.items() if any(one.acknowledged for one in same)}
+        acknowledged = {known for known in self._by_id if any(one.acknowledged for one in self._same(known))}
         return acknowledged | self._marks.keys() | set(self._marks_under_way) | self._early.keys()
 
     def early(self, ids: Collection[bytes]) -> list[bytes]:
@@ -208,14 +210,28 @@ class WriteQueue:
         self._marks.clear()
         self.waiting_bytes = 0
 
+    def _same(self, id_: bytes) -> tuple[Waiting, ...]:
+        """All under one id."""
+        first = self._by_id.get(id_)
+        return () if first is None else (first, *self._twins.get(id_, ()))
+
+    def _part(self, id_: bytes, settled: Waiting) -> None:
+        """Takes one of several under one id out."""
+        first, *others = [waiting for waiting in self._same(id_) if waiting is not settled]
+        self._by_id[id_] = first
+        if others:
+            self._twins[id_] = others
+        else:
+            del self._twins[id_]
+
     def _settle(self, waiting: Waiting, error: Exception | None) -> None:
         if waiting.settled:
             return
         waiting.settled = True
         message = waiting.message
-        same = self._by_id[message.id]
-        same.remove(waiting)
-        if not same:
+        if self._twins and message.id in self._twins:
+            self._part(message.id, waiting)
+        else:
             del self._by_id[message.id]
         self._messages.pop(waiting, None)
         self._urgent.discard(waiting)

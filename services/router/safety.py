@@ -10,7 +10,7 @@ dealt with.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,8 @@ class Safety:
         self._last: Envelope | None = None
         self._last_account = ""
         self._last_id: bytes | None = None
+        self._seen: Envelope | None = None
+        self._seen_wanted = (False, False)
 
     def start(self, key: bytes) -> None:
         """`key`: 32 bytes that all routers share, from which the ids of messages are made."""
@@ -136,7 +138,7 @@ class Safety:
             envelope.stanza = stanza_ids.remove_forged(envelope.stanza, accounts)
         if account.bare_text == to.bare_text or not self._rules.archives(account, str(to)):
             return  # what somebody sends to themselves has its place there as received
-        if wanted(envelope.type, children)[1]:
+        if self._wanted(envelope, children)[1]:
             id_ = message_id(self._key, account.bare_text, envelope.origin, envelope.number)
             self._messages.write(_message(envelope, account, id_, str(to), False, True, ""), self._written)
 
@@ -188,7 +190,7 @@ class Safety:
         children = envelope.children
         if STANZA_ID in children:
             envelope.stanza = stanza_ids.remove_forged(envelope.stanza, (account.bare_text,))
-        pending, archived = wanted(envelope.type, children)
+        pending, archived = self._wanted(envelope, children)
         archived = archived and self._rules.archives(account, envelope.from_jid)
         self._last, self._last_account, self._last_id = envelope, account.bare_text, None
         if not archived and not (pending and waits):
@@ -200,6 +202,12 @@ class Safety:
             envelope.stanza = stanza_ids.add(envelope.stanza, account.bare_text, id_text(id_))
             children.append(STANZA_ID)
         return _message(envelope, account, id_, envelope.from_jid, pending, archived, holder)
+
+    def _wanted(self, envelope: Envelope, children: Collection[str]) -> tuple[bool, bool]:
+        """The same for sender and receiver, which come one behind the other."""
+        if envelope is not self._seen:
+            self._seen, self._seen_wanted = envelope, wanted(envelope.type, children)
+        return self._seen_wanted
 
     def _write(self, message: Message, waiter: Waiter | None = None) -> None:
         if not self.waits:

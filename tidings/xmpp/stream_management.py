@@ -255,7 +255,7 @@ class TooHigh(StreamError):
 class Outbound(Generic[T]):
     """What a session gets: each stanza has a number, 1, 2, 3 … from bind, and waits here for its acknowledgement."""
 
-    __slots__ = ("_sizes", "acknowledged", "asked", "base", "bytes", "queue", "sent")
+    __slots__ = ("_ids", "_sizes", "acknowledged", "asked", "base", "bytes", "queue", "sent")
 
     def __init__(self) -> None:
         # The last number given, and the last one that the client has confirmed.
@@ -270,22 +270,29 @@ class Outbound(Generic[T]):
         # The bytes of it, as far as they are known; and by number.
         self.bytes = 0
         self._sizes: dict[int, int] = {}
+        # Of what stands there for something that has an id, that; by number.
+        self._ids: dict[int, T] = {}
 
     def enable(self) -> None:
         """3: the client counts what follows. What it got before that is confirmed with the first of these."""
         self.base = self.acknowledged = self.asked = self.sent
 
-    def keep(self, what: T, size: int = 0) -> None:
-        """The last one that was sent, of so many bytes, waits for its confirmation."""
+    def keep(self, what: T, size: int = 0, id_: T | None = None) -> None:
+        """The last one that was sent, of so many bytes, waits for its confirmation; `id_`: by which it is then
+        known."""
         if self.queue is NOTHING:
             self.queue = deque()
         self.queue.append((self.sent, what))
         self._sizes[self.sent] = size
         self.bytes += size
+        if id_ is not None:
+            self._ids[self.sent] = id_
 
     def forget_oldest(self) -> None:
         """The first one that waits does so no longer."""
-        self.bytes -= self._sizes.pop(self.queue.popleft()[0], 0)
+        number = self.queue.popleft()[0]
+        self.bytes -= self._sizes.pop(number, 0)
+        self._ids.pop(number, None)
 
     def acknowledge(self, h: int) -> list[T]:
         """<a/> or <resume/> said `h`: what is confirmed by that, in order. Raises TooHigh, and changes nothing."""
@@ -303,7 +310,7 @@ class Outbound(Generic[T]):
         confirmed: list[T] = []
         while queue and queue[0][0] <= number:
             sent, what = queue.popleft()
-            confirmed.append(what)
+            confirmed.append(self._ids.pop(sent, what))
             self.bytes -= self._sizes.pop(sent, 0)
         return confirmed
 
