@@ -80,7 +80,12 @@ class Copies:
             if not unmarked:
                 continue
             await marked(messages)
+            unmatched = messages.unmatched
             for session, number in unmarked.values():
+                if unmatched and any(id_ in unmatched for _, id_ in session.unmarked):
+                    # Whoever takes the session over must know, should the message come.
+                    self._unmarked.setdefault(session.id, (session, number))
+                    number = next(place for place, id_ in session.unmarked if id_ in unmatched) - 1
                 session.marked = max(session.marked, number)
                 while session.unmarked and session.unmarked[0][0] <= number:
                     session.unmarked.popleft()

@@ -81,6 +81,11 @@ class WriteQueue:
         return len(self._marks)
 
     @property
+    def unmatched(self) -> Collection[bytes]:
+        """Marks that were written and have found no message, while they are tried again."""
+        return self._early.keys()
+
+    @property
     def oldest(self) -> float:
         """Since when the oldest message waits; 0.0 when none does."""
         waiting = chain(self._under_way, islice(self._messages, 1))

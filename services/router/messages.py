@@ -153,6 +153,11 @@ class MessageStore(Protocol):
         part of the store that commits by itself. One whose message is being written counts from when that is done."""
 
     @property
+    def unmatched(self) -> Collection[bytes]:
+        """Acknowledged messages, by id, that this router has not found to mark them: they may yet come, and would be
+        offered to whoever does not know that they are acknowledged."""
+
+    @property
     def oldest_waiting(self) -> float:
         """Since when, by the monotonic clock, the oldest message waits to be committed; 0.0 when none does."""
 

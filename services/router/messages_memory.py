@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from services.router.message_queue import WriteQueue, telling
@@ -51,6 +51,10 @@ class MemoryMessageStore:
     @property
     def marks(self) -> list[tuple[int, int]]:
         return [(self._queue.marks_put, self._queue.marks_written)]
+
+    @property
+    def unmatched(self) -> Collection[bytes]:
+        return self._queue.unmatched
 
     @property
     def oldest_waiting(self) -> float:

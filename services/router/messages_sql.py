@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from zlib import crc32
 
 import sqlalchemy as sa
@@ -61,6 +61,10 @@ class SqlMessageStore(SqlArchive):
     @property
     def marks(self) -> list[tuple[int, int]]:
         return [(writer.queue.marks_put, writer.queue.marks_written) for writer in self._writers]
+
+    @property
+    def unmatched(self) -> Collection[bytes]:
+        return set[bytes]().union(*(writer.queue.unmatched for writer in self._writers))
 
     @property
     def oldest_waiting(self) -> float:

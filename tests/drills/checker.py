@@ -47,6 +47,8 @@ PRESENCE_WITHIN = 10.0
 AT_ONE_TIME = 10.0
 # Seconds in which a router has said of a stanza that it is dealt with.
 DEALT_WITH = 1.0
+# Faults in which a node, or its router, stands still.
+HUNG = frozenset(("hang node", "hang router", "hung between", "owner wakes"))
 # Seconds by which a client may notice later than the server that its stream is lost, with XEP-0198 and without.
 NOTICED, PLAIN_NOTICED = 5.0, 25.0
 
@@ -208,8 +210,16 @@ class _Case:
             life is not heir
             and life.began <= event.at
             and (life.ended is None or life.ended > heir.began)
-            and life.broken_before(event.at)
+            and (life.broken_before(event.at) or self._hung(life, event.at))
             for life in self.lives.of(heir.account)
+        )
+
+    def _hung(self, life: Life, at: float) -> bool:
+        """Whether its node stood still then: its client learnt of its end when that woke, the server before."""
+        lost = [*life.cuts, *(() if life.ended is None or life.clean else (life.ended,))]
+        return any(
+            fault.what in HUNG and fault.at <= at and any(fault.at <= when <= fault.healed for when in lost)
+            for fault in self.faults
         )
 
     # --- "no message appears from nowhere" ---

@@ -267,6 +267,18 @@ def test_what_falls_to_a_session_from_another_device_has_no_order_any_more() -> 
     assert story().deliver("b2", "2", "1").found() == []
 
 
+def test_a_device_on_a_node_that_hangs_is_gone_before_its_client_knows() -> None:
+    def story(what: str) -> Story:
+        sent = both().begin("b2", B2).send("a", "1", "b@x").send("a", "2", B2)
+        began = sent.at
+        sent.wait(8).deliver("b2", "2", "1").wait(4).end("b")
+        sent.events.append(Fault(began, "", what, sent.at + 1))
+        return sent
+
+    assert story("hang node").found() == []
+    assert story("cut clients").found() == [DISORDERED]
+
+
 def test_what_was_for_the_account_and_falls_to_a_session_is_in_order_itself() -> None:
     sent = both().begin("b2", B2).send("a", "1", "b@x").send("a", "2", "b@x").cut("b").end("b")
     assert sent.deliver("b2", "2", "1").found() == [DISORDERED]

@@ -147,8 +147,11 @@ class Inbound:
         return number not in self._open
 
     def is_known_safe(self, sent: Sent) -> bool:
-        """Of what the client may repeat: whether it is known to be dealt with, and safe."""
-        return sent.safe or (self.is_safe(sent.number) and not (self.doubtful and sent.number <= self.resumed_at))
+        """Of what the client may repeat: whether it is known to be dealt with, and safe, and all before <enable/>."""
+        if sent.safe:
+            return True
+        unknown = self.doubtful and sent.number <= self.resumed_at
+        return not unknown and self.is_safe(sent.number) and self.safe_through >= self.before
 
     def unsafe(self) -> list[int]:
         return list(self._open)

@@ -163,6 +163,12 @@ def test_what_the_client_has_not_confirmed_is_in_the_copy_until_that_is_written(
     assert (session.taken, session.since) == ({"j": 13}, {"j": 11})
 
 
+class Store(MemoryMessageStore):
+    """One whose marks may find no message."""
+
+    unmatched: set[bytes] = set()  # type: ignore[assignment]  # noqa: RUF012 - replaced, never changed
+
+
 class Receiver(Pair):
     """A session that gets messages, named by their deliveries; its holder is told at once what is written."""
 
@@ -176,7 +182,8 @@ class Receiver(Pair):
         # What the store was told that it is confirmed, and what of that is written.
         self._told: set[int] = set()
         self.written: set[int] = set()
-        self._marks = self._copies.tell_marked(MemoryMessageStore(MemorySessionTable()))
+        self.store = Store(MemorySessionTable())
+        self._marks = self._copies.tell_marked(self.store)
         self._marks.send(None)
         self._is_held()
 
@@ -268,3 +275,25 @@ def test_a_copy_that_begins_has_what_is_confirmed_until_that_is_written(
     session, _ = receiver.taken_over()
     assert names(id_ for _, id_ in session.unmarked) == unmarked
     assert [number for number, _ in session.outbound.queue] == [3]
+
+
+def test_what_is_confirmed_before_another_router_has_written_it_stays_until_it_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would be given again by whoever has the session next, when it comes."""
+    monkeypatch.setattr(copies, "MARKED", 0)
+    receiver = after(True, ["deliver", "deliver"])
+    receiver.store.unmatched = {b"1"}
+    receiver.confirm()
+    receiver.confirm()
+    for _ in range(2):
+        receiver.write()
+        assert [id_ for _, id_ in receiver.session.unmarked] == [b"1", b"2"]
+    session, _ = receiver.taken_over()
+    assert names(what for _, what in session.outbound.queue) == {1, 2}
+    receiver.begin()
+    session, _ = receiver.taken_over()
+    assert names(id_ for _, id_ in session.unmarked) == {1, 2}
+    receiver.store.unmatched = set()
+    receiver.write()
+    assert not receiver.session.unmarked
