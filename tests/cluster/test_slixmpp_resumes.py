@@ -1,4 +1,5 @@
-"""A real client, slixmpp, goes on with its session when the connector or the router behind it is killed (XEP-0198 5)."""
+"""A real client, slixmpp, goes on with its session when the connector, the router or all of the node behind it is killed
+(XEP-0198 5)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 import slixmpp
 
 from tests.cluster.conftest import Cluster, texts
-from tidings.testing.server import PROCESSES
+from tidings.testing.server import PROCESSES, Installation
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -41,7 +42,17 @@ class Slix(slixmpp.ClientXMPP):
         return [event for event in before if event != "disconnected"]
 
 
-@pytest.mark.parametrize("dies", ["connector", "router"])
+async def copies_can_be_held(installation: Installation) -> None:
+    """Waits until the connector of the second node has its link to the router of the first."""
+    async with asyncio.timeout(20):
+        while not any(
+            '"router_attached"' in line and "n1-router" in line
+            for line in installation.log("n2-connector").splitlines()
+        ):
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("dies", ["connector", "router", "node"])
 async def test_slixmpp_goes_on_when_what_is_behind_it_is_killed(
     cluster_of: Callable[..., Cluster], dies: str
 ) -> None:
@@ -50,15 +61,19 @@ async def test_slixmpp_goes_on_when_what_is_behind_it_is_killed(
     installation.start()
     await installation.add_accounts("romeo@localhost", "juliet@localhost")
     juliet = await cluster.back(1, "juliet", "j")
+    await copies_can_be_held(installation)
     romeo = Slix("romeo@localhost/r", cluster)
     romeo.go(0)
     await romeo.until("sm_enabled")
     # Its presence is there when it gets this.
     await juliet.send("<message to='romeo@localhost/r' type='chat'><body>before</body></message>")
     await romeo.until("before")
-    process = installation.processes[f"n1-{dies}"]
-    process.kill()
-    process.wait()
+    killed = "n1-" if dies == "node" else f"n1-{dies}"
+    processes = [process for name, process in installation.processes.items() if name.startswith(killed)]
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
     await juliet.send("<message to='romeo@localhost/r' type='chat'><body>meanwhile</body></message>")
     if dies != "router":
         await romeo.until("disconnected")
