@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ from tidings.xmpp.stanza import quoteattr, to_bytes
 MAX_DIRECTED = 1000
 # Probes that wait for sessions of dead routers; further ones are answered by what is known.
 MAX_WAITING = 10_000
+# Seconds between two tries while the database is away.
+RETRY = 1.0
 
 
 def load(module: Module) -> None:
@@ -41,6 +44,8 @@ class _Presence:
         self._rosters = module.router.store(Rosters)
         # Probes that wait for sessions of dead routers.
         self._waiting = 0
+        # Sessions whose first presence nobody has been told of, because the database is away.
+        self._untold: set[str] = set()
 
     # --- what sessions send ---
 
@@ -66,39 +71,41 @@ class _Presence:
 
     async def _available(self, session: Session, stanza: Stanza) -> bool:
         """4.2 initial presence, 4.4 later presence."""
-        priority = _priority(stanza)
-        raw = stanza.raw
-        before = session.presence, session.priority
-        initial = session.presence is None
+        priority, raw = _priority(stanza), stanza.raw
+        initial = session.presence is None or session.id in self._untold
         rises = priority >= 0 and (initial or session.priority < 0)
         if rises:
             # From here on messages to the account are its own: they wait for those that were stored before.
             self._router.hold(session)
         try:
-            return await self._becomes_available(session, raw, before, priority, initial, rises)
+            session.presence, session.priority = raw, priority
+            if not await self._told(session, raw, initial, rises):
+                if initial:
+                    self._untold.add(session.id)
+                self._router.in_background(
+                    self._tell_later(session, raw, initial, rises), "presence while the database is away"
+                )
         finally:
             if rises:
                 self._router.release(session)
+        return True
 
-    async def _becomes_available(
-        self,
-        session: Session,
-        raw: bytes,
-        before: tuple[bytes | None, int],
-        priority: int,
-        initial: bool,
-        rises: bool,
-    ) -> bool:
-        session.presence, session.priority = raw, priority
-        account = session.jid.bare
+    async def _tell_later(self, session: Session, raw: bytes, initial: bool, rises: bool) -> None:
+        """The client has done its part; it gets what is stored, and its contacts hear of it, as soon as can be."""
+        while session.presence is raw and session in self._router.sessions(session.account).values():
+            await asyncio.sleep(RETRY)
+            if await self._told(session, raw, initial, rises):
+                return
+
+    async def _told(self, session: Session, raw: bytes, initial: bool, rises: bool) -> bool:
+        """Tells the contacts of a session, and the modules; False while the database is away."""
         try:
-            roster = await self._rosters.of(account, self._router)
+            roster = await self._rosters.of(session.jid.bare, self._router)
         except DatabaseAway:
-            if session.presence is raw:
-                session.presence, session.priority = before
-            raise
+            return False
         if session.presence is not raw:
-            return True  # it has ended meanwhile, and whoever is to know has been told
+            return True  # it has ended meanwhile, and whoever is to know has been told; or other presence is told
+        self._untold.discard(session.id)
         self._broadcast(session, roster, raw, "")
         self._module.announce_presence(session, raw, "")
         if initial:
@@ -142,6 +149,7 @@ class _Presence:
 
     async def ended(self, session: Session, was_available: bool) -> None:
         """4.5.2: the server says it for a session that could not; called again when the database was away."""
+        self._untold.discard(session.id)
         successor = self._router.sessions(session.account).get(session.jid.resource)
         seen = successor is not None and successor.presence is not None
         if (was_available or session.directed) and not seen:

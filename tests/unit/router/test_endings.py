@@ -133,9 +133,14 @@ async def test_presence_that_waits_for_the_roster_is_not_broadcast_by_an_ended_s
     assert seen(router, juliet)[-1:] == [(romeo.jid_text, "unavailable")]
 
 
-async def test_presence_that_the_database_refuses_changes_nothing(router: MemoryRouter, table: RosterTable) -> None:
+async def test_presence_that_meets_no_database_is_not_refused_and_told_when_that_is_back(
+    router: MemoryRouter, table: RosterTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.router.modules.rfc6121_presence.RETRY", 0.01)
     romeo = await router.session("romeo", available=False)
     table.away = True
     await router.send(romeo, presence())
-    assert [envelope.type for envelope in router.link.of(romeo)] == ["error"]
-    assert romeo.presence is None
+    assert router.link.of(romeo) == []
+    assert romeo.presence is not None
+    table.away = False
+    await until(lambda: [envelope.type for envelope in router.link.of(romeo)] == [""])

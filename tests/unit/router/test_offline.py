@@ -13,9 +13,11 @@ from services.router.messages import Kept, Message
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
+from services.router.store import Roster
 from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, presence, until, view
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
+from tidings.kit.db import DatabaseAway
 from tidings.kit.module import IQ, MESSAGE, Stanza
 from tidings.xmpp.jid import Jid
 
@@ -219,6 +221,32 @@ async def test_while_the_database_is_away_presence_goes_on_and_what_waits_comes_
     assert [envelope.type for envelope in router.link.of(juliet)] == ["", "chat"], "its presence was not refused"
     messages_of(router).away = False
     await until(lambda: texts(router, juliet) == ["new", "old"])
+
+
+async def test_a_first_presence_that_meets_no_database_counts_when_that_is_back(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client was bound just before: it will not send it again."""
+    monkeypatch.setattr("services.router.modules.rfc6121_presence.RETRY", 0.01)
+    romeo = await router.session("romeo")
+    await store(router, "old")
+    juliet = await router.session("juliet", available=False)
+    load, tries = router.stores.rosters.load, []
+
+    async def away(account: Jid) -> Roster:
+        tries.append(account)
+        if len(tries) < 4:
+            raise DatabaseAway("gone")
+        return await load(account)
+
+    monkeypatch.setattr(router.stores.rosters, "load", away)
+    await router.send(juliet, presence())
+    await router.send(romeo, message("new", str(JULIET)))
+    assert texts(router, juliet) == ["new"], "it is there"
+    assert [envelope.type for envelope in router.link.of(juliet)] == ["chat"], "its presence was not refused"
+    await router.send(juliet, presence())
+    await until(lambda: texts(router, juliet) == ["new", "old"])
+    assert [envelope.type for envelope in router.link.of(juliet)].count("") == 1, "it sees itself, once"
 
 
 async def test_a_message_that_is_stored_is_not_answered_by_an_error(router: MemoryRouter) -> None:
