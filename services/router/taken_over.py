@@ -108,7 +108,7 @@ class TakenOver:
     async def look(self) -> None:
         """Ends those whose rows are another router's, or gone."""
         # Before the table is asked: who comes meanwhile may not be in what it says.
-        here = [session for session in self._sessions if not session.moving]
+        here = [session for session in self._sessions if self._is_here(session)]
         try:
             rows = await self._table.ids_of_router(self._own)
         except DatabaseAway:
@@ -135,7 +135,8 @@ class TakenOver:
         return {row.session for row in rows if row.router == self._own}
 
     def _is_here(self, session: Session) -> bool:
-        return self._sessions.get(session.id) is session and not session.moving and not session.closed
+        # While it is frozen it is being given, or taken: then that says what becomes of it.
+        return self._sessions.get(session.id) is session and session.frozen is None and not session.closed
 
     async def _end(self, session: Session) -> None:
         log.info("session_taken_elsewhere", session=session.id, account=session.account)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 
 import pytest
@@ -54,10 +55,14 @@ async def test_a_session_whose_row_is_anothers_ends_and_no_other_one(bench: Benc
 
 async def test_one_that_is_just_being_given_is_left_to_that(bench: Bench) -> None:
     juliet = await bench.router.session("juliet")
-    juliet.moving = True
+    juliet.moving, juliet.frozen = True, deque()
     await bench.loses(juliet)
     await bench.taken_over.look()
     assert bench.dismissed == []
+    # It was only about to be.
+    juliet.frozen = None
+    await bench.taken_over.look()
+    assert bench.dismissed == [juliet]
 
 
 async def test_one_that_comes_while_the_table_is_asked_is_not_missed_there(
