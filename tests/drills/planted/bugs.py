@@ -100,11 +100,13 @@ def hops_not_known() -> None:
 
 
 def batches_dropped_at_reconnect() -> None:
-    """What a service had not confirmed when the stream to it broke is not sent to it again."""
+    """What a service had not confirmed when the stream to it broke is not sent to it again. (Its batches are, empty:
+    one that is missing is noticed.)"""
 
     def make(resume: Any) -> Any:
         def planted(self: Any, after: int) -> None:
-            self.confirmed(self.sequence)
+            for batch in self._unconfirmed:
+                del batch.envelopes[:]
             resume(self, after)
 
         return planted

@@ -70,7 +70,7 @@ CASES = (
     Case("queue_dropped_when_the_stream_breaks", "cut clients", (LOST,), nodes=1),
     Case("delivered_when_written", "cut clients", (LOST,), clients="plain", nodes=1),
     Case("not_returned_at_the_end", "cut clients", (LOST,), clients="plain", nodes=1),
-    Case("repetitions_not_known", "cut clients", (DOUBLED,), nodes=1),
+    Case("repetitions_not_known", "no commit, then kill", (DOUBLED,)),
     Case("hops_not_known", "no commit, then kill", (DOUBLED,)),
     Case("batches_dropped_at_reconnect", "cut for a moment", (LOST, COMPLAINT)),
     Case("live_before_stored", "log-in under fire", (DISORDERED,), nodes=1),
