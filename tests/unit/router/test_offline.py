@@ -19,7 +19,7 @@ from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, mess
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
-from tidings.kit.module import IQ, MESSAGE, Stanza
+from tidings.kit.module import IQ, MESSAGE, PRESENCE, Stanza
 from tidings.xmpp.jid import Jid
 
 MODULES = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)
@@ -247,7 +247,7 @@ async def test_a_first_presence_that_meets_no_database_counts_when_that_is_back(
     await router.send(juliet, presence())
     back.set()
     await until(lambda: texts(router, juliet) == ["new", "old"])
-    assert [envelope.type for envelope in router.link.of(juliet)].count("") == 1, "it sees itself, once"
+    assert [envelope.kind for envelope in router.link.of(juliet)].count(PRESENCE) == 1, "it sees itself, once"
 
 
 async def test_a_message_that_is_stored_is_not_answered_by_an_error(router: MemoryRouter) -> None:
