@@ -466,8 +466,7 @@ class ForwardLinks:
         for name, link in self._outgoing.items():
             silent = link.is_silent(moment)
             for flow in islice(link.unsafe_since(moment), MOST_SLOW):
-                earlier = before.get(flow)
-                doubts[flow] = Doubt(name, silent or (earlier is not None and earlier == Doubt(name, True)))
+                doubts[flow] = Doubt(name, silent or before.get(flow) == Doubt(name, True))
         return doubts
 
     def incoming(self, incarnation: str, fresh: bool) -> IncomingLink:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -194,7 +195,8 @@ class MessageStore(Protocol):
 
 
 async def written(store: MessageStore, timeout: float) -> bool:
-    """Waits until all is committed that waits for it now, so many seconds at most; whether it is."""
+    """Waits until all is committed that waits for it now, so many seconds at most; whether it is. `math.inf`: also
+    while the database is away."""
     now = time.monotonic()
     ends = now + timeout
     while 0.0 < store.oldest_waiting <= now:
@@ -206,8 +208,7 @@ async def written(store: MessageStore, timeout: float) -> bool:
 
 async def marked(store: MessageStore) -> None:
     """Waits until all marks are committed that wait for it now."""
-    while not await written(store, LOOK):
-        pass
+    await written(store, math.inf)
     put = [put for put, _ in store.marks]
     while any(done < wanted for (_, done), wanted in zip(store.marks, put, strict=True)):  # noqa: ASYNC110 - soon
         await asyncio.sleep(LOOK)

@@ -330,11 +330,12 @@ class Routing:
         if item.mode is Mode.NOTE:
             return self.notes.noted(item)
         if self.cut and not item.checked and self._may_be_elsewhere(item.account):
-            return self._check_first(item, plan)
+            item.checked = True
+            return self._decide_behind(self.check(item.account), item, plan)
         if self._unsettled and item.source:
             settled = self._unsettled.get((item.account, item.source))
             if settled is not None:
-                return self._when_settled(settled[-1], item, plan)
+                return self._decide_behind(settled[-1].wait(), item, plan)
         if item.mode is Mode.SESSIONS:
             item.taken = self._at_account.to_sessions_here(envelope, item)
             return None if item.taken else self._at_account.when_arrived(item)
@@ -359,9 +360,8 @@ class Routing:
         """Whether an account has a session here that others may have taken over: its connector is out of reach."""
         return any(session.link in self.cut for session in self._sessions.of(account).values())
 
-    async def _check_first(self, item: Item, plan: Plan) -> None:
-        item.checked = True
-        await self.check(item.account)
+    async def _decide_behind(self, first: Awaitable[object], item: Item, plan: Plan) -> None:
+        await first
         pending = self.decide(item, plan)
         if pending is not None:
             await pending
@@ -383,12 +383,6 @@ class Routing:
 
     def is_unsettled(self, account: str, router: str) -> bool:
         return (account, router) in self._unsettled
-
-    async def _when_settled(self, settled: asyncio.Event, item: Item, plan: Plan) -> None:
-        await settled.wait()
-        pending = self.decide(item, plan)
-        if pending is not None:
-            await pending
 
     def wait(self, pending: Awaitable[None], then: Callable[[], None]) -> None:
         async def waiting() -> None:

@@ -9,8 +9,9 @@ this router answers when it has written what it had for the session.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from services.router.messages import written
@@ -36,8 +37,6 @@ BEAT = 0.1
 STILL = 1.5
 # Seconds for the database to say what is still here: while it is away nothing is taken over.
 ASK_TIMEOUT = 1.0
-# Seconds between two tries to write while the database is away.
-RETRY = 1.0
 
 
 def taken(epoch: int, session: str) -> bytes:
@@ -113,8 +112,7 @@ class TakenOver:
             rows = await self._table.ids_of_router(self._own)
         except DatabaseAway:
             return
-        lost = [self._end(session) for session in here if session.id not in rows and self._is_here(session)]
-        await asyncio.gather(*lost)
+        await self._end_all_but(rows, here)
 
     async def check(self, account: str) -> None:
         """The same for one account, before something is given to a session of it whose connector is out of reach."""
@@ -123,9 +121,7 @@ class TakenOver:
         await asyncio.wait({asked}, timeout=ASK_TIMEOUT)
         rows = asked.result() if asked.done() else None
         if rows is not None:
-            await asyncio.gather(
-                *(self._end(session) for session in here if session.id not in rows and self._is_here(session))
-            )
+            await self._end_all_but(rows, here)
 
     async def _rows_of(self, account: str) -> set[str] | None:
         try:
@@ -137,6 +133,10 @@ class TakenOver:
     def _is_here(self, session: Session) -> bool:
         # While it is frozen it is being given, or taken: then that says what becomes of it.
         return self._sessions.get(session.id) is session and session.frozen is None and not session.closed
+
+    async def _end_all_but(self, rows: set[str], here: Iterable[Session]) -> None:
+        lost = (session for session in here if session.id not in rows and self._is_here(session))
+        await asyncio.gather(*map(self._end, lost))
 
     async def _end(self, session: Session) -> None:
         log.info("session_taken_elsewhere", session=session.id, account=session.account)
@@ -155,6 +155,5 @@ class TakenOver:
         session = self._sessions.get(id_)
         if session is not None and session.epoch < epoch and self._is_here(session):
             await self._end(session)
-        while not await written(self._messages, RETRY):
-            pass  # the database is away
+        await written(self._messages, math.inf)
         return b""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable
 from typing import cast
 
 from services.router.archive_rules import ArchiveRules
 from services.router.deliveries import Deliveries, wants_stored
 from services.router.messages import MessageStore, written
-from services.router.read_back import RETRY, ReadBack
+from services.router.read_back import ReadBack
 from services.router.safety import Safety
 from services.router.sessions import Session as OwnSession
 from tidings.kit.module import Module, ModuleSpec, Session, Stanza
@@ -103,8 +104,7 @@ class _Offline:
             self._router.in_background(self._offer_rest(session.jid.bare), "what is another router's to give")
 
     async def _offer_rest(self, account: Jid) -> None:
-        while not await written(self._messages, RETRY):
-            pass  # the database is away
+        await written(self._messages, math.inf)
         await self._offer(account)
 
     async def available(self, session: Session) -> None:

@@ -436,6 +436,16 @@ class Nodes:
             while [row.router for row in await self.rows(name)] != [to]:
                 await asyncio.sleep(LOOK)
 
+    def late(self, name: str) -> asyncio.Event:
+        """From now on a node learns that its changes are committed only when this is set."""
+        told = asyncio.Event()
+
+        async def until_told() -> None:
+            await told.wait()
+
+        self.databases[name].behind = until_told
+        return told
+
     def is_waited_for(self, router: str, name: str) -> bool:
         """Whether something waits at a router for a session that is arriving there."""
         arrival = self.routers[router].sessions.arrival(f"{name}@{HOST}")

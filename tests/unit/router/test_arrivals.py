@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -12,90 +14,88 @@ from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, mess
 from tidings.cluster.node import NodeState
 from tidings.cluster.strategies.broadcast import Broadcast
 from tidings.cluster.strategies.online_users import OnlineUsers
+from tidings.cluster.strategy import Factory
 from tidings.kit.db import DatabaseAway
-from tidings.kit.module import IQ
+from tidings.kit.module import IQ, ModuleSpec
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid
 
 JULIET = f"juliet@{HOST}"
+MODULES = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)
+
+
+@asynccontextmanager
+async def two(
+    strategy: Factory, modules: Sequence[ModuleSpec] = ()
+) -> AsyncIterator[tuple[MemoryRouter, MemoryRouter]]:
+    """Routers a and b, which see each other."""
+    routers: dict[str, MemoryRouter] = {}
+    stores = Stores()
+    a, b = (MemoryRouter(name, routers, stores, strategy, modules) for name in "ab")
+    for router in (a, b):
+        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
+    yield a, b
+    for router in (a, b):
+        await router.stop()
 
 
 async def test_a_copy_waits_until_all_sessions_of_its_account_that_are_on_their_way_have_come_or_have_not() -> None:
-    routers: dict[str, MemoryRouter] = {}
-    stores = Stores()
-    a, b = (MemoryRouter(name, routers, stores, Broadcast) for name in "ab")
-    for router in (a, b):
-        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
-    romeo = await a.session("romeo")
-    with b.sessions.arriving(JULIET):
+    async with two(Broadcast) as (a, b):
+        romeo = await a.session("romeo")
         with b.sessions.arriving(JULIET):
-            await a.send(romeo, iq("get", "q", f"{JULIET}/r", "{x}y"))
-            await until(lambda: len(b.forwarder) > 0 or bool(a.link.of(romeo)))
-        # Refused there, though it came later.
-        await a.send(romeo, iq("get", "other", f"nurse@{HOST}/r", "{x}y"))
-        await until(lambda: bool(a.link.of(romeo)))
-        assert [envelope.id for envelope in a.link.of(romeo)] == ["other"], "one did not come, the other may"
-        juliet = await b.session("juliet")
-    await until(lambda: [envelope.kind for envelope in b.link.of(juliet)] == [IQ])
-    for router in (a, b):
-        await router.stop()
+            with b.sessions.arriving(JULIET):
+                await a.send(romeo, iq("get", "q", f"{JULIET}/r", "{x}y"))
+                await until(lambda: len(b.forwarder) > 0 or bool(a.link.of(romeo)))
+            # Refused there, though it came later.
+            await a.send(romeo, iq("get", "other", f"nurse@{HOST}/r", "{x}y"))
+            await until(lambda: bool(a.link.of(romeo)))
+            assert [envelope.id for envelope in a.link.of(romeo)] == ["other"], "one did not come, the other may"
+            juliet = await b.session("juliet")
+        await until(lambda: [envelope.kind for envelope in b.link.of(juliet)] == [IQ])
 
 
 async def test_what_is_for_a_full_jid_does_not_go_past_what_the_table_has_sent_and_that_is_stored() -> None:
     """A session is bound, and has sent no presence: what is for its account is stored, what is for it alone is held.
     The sender's router does not know of it yet; the table says where it is."""
-    routers: dict[str, MemoryRouter] = {}
-    stores = Stores()
-    modules = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)
-    a, b = (MemoryRouter(name, routers, stores, OnlineUsers, modules) for name in "ab")
-    for router in (a, b):
-        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
-    await stores.accounts.create(HOST, "juliet", {})
-    romeo = await a.session("romeo")
-    juliet = await b.session("juliet", available=False)
-    a.routing.strategy.view_changed(view(2, a=NodeState.UP, b=NodeState.UP))
-    b.routing.deliveries.settle(juliet)
-    for number in range(1, 7):
-        one = message(str(number), JULIET if number % 2 else f"{JULIET}/r")
-        one.from_jid = romeo.jid_text
-        assert a.safety.accept(romeo, one)
-        romeo.lane.run(a.routing.from_session, romeo, one)
-    stored_before = []
+    async with two(OnlineUsers, MODULES) as (a, b):
+        await a.stores.accounts.create(HOST, "juliet", {})
+        romeo = await a.session("romeo")
+        juliet = await b.session("juliet", available=False)
+        a.routing.strategy.view_changed(view(2, a=NodeState.UP, b=NodeState.UP))
+        b.routing.deliveries.settle(juliet)
+        for number in range(1, 7):
+            one = message(str(number), JULIET if number % 2 else f"{JULIET}/r")
+            one.from_jid = romeo.jid_text
+            assert a.safety.accept(romeo, one)
+            romeo.lane.run(a.routing.from_session, romeo, one)
+        stored_before = []
 
-    async def pending() -> int:
-        return await stores.messages.pending_count(Jid("juliet", HOST, ""))
+        async def pending() -> int:
+            return await a.stores.messages.pending_count(Jid("juliet", HOST, ""))
 
-    seen = 0
-    async with asyncio.timeout(5.0):
-        while seen < 3:
-            await asyncio.sleep(0)
-            if juliet.held is not None and len(juliet.held) > seen:
-                seen = len(juliet.held)
-                stored_before.append(await pending())
-    assert stored_before == [1, 3, 5], "all that goes before what comes there is stored by then"
-    for router in (a, b):
-        await router.stop()
+        seen = 0
+        async with asyncio.timeout(5.0):
+            while seen < 3:
+                await asyncio.sleep(0)
+                if juliet.held is not None and len(juliet.held) > seen:
+                    seen = len(juliet.held)
+                    stored_before.append(await pending())
+        assert stored_before == [1, 3, 5], "all that goes before what comes there is stored by then"
 
 
 async def test_what_comes_from_a_router_that_has_lost_a_session_waits_for_what_that_had_for_it() -> None:
-    routers: dict[str, MemoryRouter] = {}
-    stores = Stores()
-    a, b = (MemoryRouter(name, routers, stores, Broadcast) for name in "ab")
-    for router in (a, b):
-        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
-    romeo, juliet = await a.session("romeo"), await b.session("juliet")
-    nurse = await b.session("nurse")
-    with b.routing.unsettled(JULIET, "a"):
-        await a.send(romeo, message("1", JULIET))
-        await a.send(romeo, message("2", juliet.jid_text))
-        await b.send(nurse, message("3", JULIET))
-        await a.send(romeo, message("4", nurse.jid_text))
-        await until(lambda: b.link.bodies(juliet) == ["3"] and b.link.bodies(nurse) == ["4"])
-        assert b.routing.is_unsettled(JULIET, "a")
-    await until(lambda: b.link.bodies(juliet) == ["3", "1", "2"])
-    assert not b.routing.is_unsettled(JULIET, "a")
-    for router in (a, b):
-        await router.stop()
+    async with two(Broadcast) as (a, b):
+        romeo, juliet = await a.session("romeo"), await b.session("juliet")
+        nurse = await b.session("nurse")
+        with b.routing.unsettled(JULIET, "a"):
+            await a.send(romeo, message("1", JULIET))
+            await a.send(romeo, message("2", juliet.jid_text))
+            await b.send(nurse, message("3", JULIET))
+            await a.send(romeo, message("4", nurse.jid_text))
+            await until(lambda: b.link.bodies(juliet) == ["3"] and b.link.bodies(nurse) == ["4"])
+            assert b.routing.is_unsettled(JULIET, "a")
+        await until(lambda: b.link.bodies(juliet) == ["3", "1", "2"])
+        assert not b.routing.is_unsettled(JULIET, "a")
 
 
 async def test_an_error_waits_for_the_database_that_says_where_its_receiver_is(
@@ -103,31 +103,25 @@ async def test_an_error_waits_for_the_database_that_says_where_its_receiver_is(
 ) -> None:
     """Nobody can be told that an answer did not arrive."""
     monkeypatch.setattr("services.router.account_delivery.RETRY", 0.01)
-    routers: dict[str, MemoryRouter] = {}
-    stores = Stores()
-    a, b = (MemoryRouter(name, routers, stores, OnlineUsers) for name in "ab")
-    for router in (a, b):
-        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
-    romeo, nurse = await b.session("romeo"), await a.session("nurse")
-    a.routing.strategy.view_changed(view(2, a=NodeState.UP, b=NodeState.UP))
-    asked: list[str] = []
-    rows = stores.table.of_account
+    async with two(OnlineUsers) as (a, b):
+        romeo, nurse = await b.session("romeo"), await a.session("nurse")
+        a.routing.strategy.view_changed(view(2, a=NodeState.UP, b=NodeState.UP))
+        asked: list[str] = []
+        rows = a.stores.table.of_account
 
-    async def away(account: Jid) -> list[SessionRow]:
-        asked.append(str(account))
-        if len(asked) < 4:
-            raise DatabaseAway("gone")
-        return await rows(account)
+        async def away(account: Jid) -> list[SessionRow]:
+            asked.append(str(account))
+            if len(asked) < 4:
+                raise DatabaseAway("gone")
+            return await rows(account)
 
-    monkeypatch.setattr(stores.table, "of_account", away)
-    refused = message("1", f"capulet@{HOST}")
-    refused.from_jid = romeo.jid_text
-    a.routing.answers.refuse(refused, StanzaError("service-unavailable"))
-    await until(lambda: [envelope.type for envelope in b.link.of(romeo)] == ["error"])
-    assert len(asked) == 4
-    asked.clear()
-    await a.send(nurse, message("2", f"tybalt@{HOST}"))
-    await until(lambda: [envelope.type for envelope in a.link.of(nurse)] == ["error"])
-    assert len(asked) == 1, "who has sent a message is told at once"
-    for router in (a, b):
-        await router.stop()
+        monkeypatch.setattr(a.stores.table, "of_account", away)
+        refused = message("1", f"capulet@{HOST}")
+        refused.from_jid = romeo.jid_text
+        a.routing.answers.refuse(refused, StanzaError("service-unavailable"))
+        await until(lambda: [envelope.type for envelope in b.link.of(romeo)] == ["error"])
+        assert len(asked) == 4
+        asked.clear()
+        await a.send(nurse, message("2", f"tybalt@{HOST}"))
+        await until(lambda: [envelope.type for envelope in a.link.of(nurse)] == ["error"])
+        assert len(asked) == 1, "who has sent a message is told at once"

@@ -175,12 +175,7 @@ async def test_what_is_for_a_session_that_is_just_being_adopted_waits_for_it(tmp
         await nodes.up("a", "b", "c")
         romeo = await nodes.client(at_home("romeo", abc="a", ac="a"), "a")
         juliet = await nodes.client(at_home("juliet", abc="b", ac="c"), "b")
-        arrived = asyncio.Event()
-
-        async def late() -> None:
-            await arrived.wait()
-
-        nodes.databases["c"].behind = late
+        arrived = nodes.late("c")
         nodes.tell(a=UP, b=DRAINING, c=UP)
         nodes.tasks.spawn(nodes.routers["b"].drain(), "drain")
         await nodes.moves(juliet.name, "c")

@@ -29,7 +29,6 @@ JULIET = Jid.parse(f"juliet@{HOST}")
 @pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
     monkeypatch.setattr(read_back, "RETRY", 0.01)
-    monkeypatch.setattr(xep_0160_offline, "RETRY", 0.01)
     return Stores()
 
 

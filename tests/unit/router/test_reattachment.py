@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -171,12 +170,7 @@ async def test_what_is_for_a_session_that_is_just_being_taken_over_waits_for_it(
         await nodes.up("a", "b", "c")
         romeo = await nodes.client(at_home("romeo", abc="a", ac="a"), "a")
         juliet = await nodes.client(at_home("juliet", abc="b", ac="c"), "b")
-        arrived = asyncio.Event()
-
-        async def late() -> None:
-            await arrived.wait()
-
-        nodes.databases["c"].behind = late
+        arrived = nodes.late("c")
         nodes.prefers = "c"
         await nodes.kill("b")
         await nodes.moves(juliet.name, "c")
