@@ -397,9 +397,13 @@ class Deliveries:
 
     def settle(self, session: Session) -> None:
         """Keeps messages back from a session that was only just bound: with its first presence it gets what was
-        stored before. A client that sends none gets them after a moment."""
+        stored before."""
         session.held = deque()
-        self._wait_for_presence(session, PATIENCE)
+
+    def told(self, session: Session) -> None:
+        """Its connector knows that it is bound: if its client sends no presence, it gets them after a moment."""
+        if session.held is not None and not session.holds and session.settling is None:
+            self._wait_for_presence(session, PATIENCE)
 
     def _settled(self, session: Session, left: int) -> None:
         session.settling = None

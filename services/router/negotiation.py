@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from services.router.adoption import tell
@@ -338,6 +339,7 @@ class Negotiator:
             ns.BIND.encode(), escape_text(session.jid_text).encode(),
         )  # fmt: skip
         stream.link.bound(session, iq_result(request.id, "", "", payload))
+        stream.link.when_copied(partial(self.routing.deliveries.told, session))
         log.debug("session_bound", session=session.id, account=session.account)
         self.hand_over.place(session)
         if self._hooks.session_started:

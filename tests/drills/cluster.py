@@ -15,6 +15,8 @@ from tidings.testing.network import Host, Network
 from tidings.testing.server import ONE_PROCESS, PROCESSES, SERVICES, Installation
 
 NODES = 3
+# What their logs show in detail; `cluster` shows each decision of the strategy, too, and takes much of a small machine.
+DEBUG = os.environ.get("DEBUG", "router,connector")
 # Where Python finds what plants bugs.
 PLANTED = Path(__file__).parent / "planted"
 # Seconds for all that was started to serve: twelve processes take long where others compute.
@@ -83,7 +85,7 @@ class Cluster:
         Places.network, Places.bug = self.network, self._bug
         self.installation = Places(
             self.way, self._folder,
-            ["--c2s-allow-plaintext=true", f"--message-durability={self._durability}", "--debug=cluster,router,connector"],
+            ["--c2s-allow-plaintext=true", f"--message-durability={self._durability}", f"--debug={DEBUG}"],
             hosts="localhost", database=self.mariadb.create_database(), strategy=self._strategy, nodes=self.nodes,
             hosts_of_nodes=hosts,
             environment_of_nodes=[{"TIDINGS_CLUSTER_HOST": f"h{node + 1}"} for node in range(self.nodes)],

@@ -59,13 +59,15 @@ async def router(store: LateStore, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     await made.stop()
 
 
-async def bound(router: MemoryRouter, counts: bool = True) -> Session:
+async def bound(router: MemoryRouter, counts: bool = True, told: bool = True) -> Session:
     """Juliet has bound a session, and has sent no presence."""
     session = await router.session("juliet", available=False)
     if counts:
         session.inbound.enable()
         session.outbound.enable()
     router.routing.deliveries.settle(session)
+    if told:
+        router.routing.deliveries.told(session)
     return session
 
 
@@ -255,3 +257,19 @@ async def test_a_client_that_has_sent_nothing_yet_is_waited_for_a_little_longer(
     await until(lambda: juliet.settling is not first)
     assert got(router, juliet) == []
     await until(lambda: got(router, juliet) == ["1"])
+
+
+async def test_the_waiting_begins_when_the_connector_has_been_told_of_the_session(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine that takes longer than the waiting: its client was not late."""
+    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 0.0)
+    romeo, juliet = await router.session("romeo"), await bound(router, told=False)
+    juliet.inbound.number = 1
+    await send(router, romeo, "1", JULIET)
+    await send(router, romeo, "2", juliet.jid)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert (got(router, juliet), juliet.settling) == ([], None)
+    router.routing.deliveries.told(juliet)
+    await until(lambda: got(router, juliet) == ["2"])
