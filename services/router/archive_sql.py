@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,8 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.router.messages import ArchiveQuery, Kept, Page, Preferences, UnknownId, id_bytes, id_text
 from services.router.messages_statements import peer_hash
-from services.router.schema import archive_preferences, message_positions, messages
+from services.router.schema import archive_preferences, by_host, message_positions, messages, of_several
 from tidings.kit.db import Database, insert_or_update
+from tidings.kit.grouping import Grouping
 from tidings.xmpp.jid import Jid
 
 # Received times grow with positions, but not strictly: clocks of routers differ, and messages wait for the database.
@@ -30,6 +32,8 @@ KEPT = (
     messages.c.received_unix_ms,
     messages.c.stanza,
 )
+
+_PREFERENCES = sa.select(archive_preferences).where(of_several(archive_preferences))
 
 # Places of an account that are looked at together, for a time.
 PROBES = 32
@@ -62,6 +66,7 @@ class SqlArchive:
         self._database = database
         # How far the present sweep of each host has come: a localpart.
         self._swept: dict[str, str] = {}
+        self._preferences = Grouping(self._preferences_of)
 
     async def page(self, account: Jid, query: ArchiveQuery) -> Page:
         async with self._database.read(causal=True) as connection:
@@ -143,12 +148,17 @@ class SqlArchive:
         return await self._database.transaction(work)
 
     async def preferences(self, account: Jid) -> Preferences | None:
+        return await self._preferences.do(account.bare)
+
+    async def _preferences_of(self, accounts: Sequence[Jid]) -> list[Preferences | None]:
+        found: dict[Jid, Preferences] = {}
         async with self._database.read(causal=True) as connection:
-            wanted = sa.select(archive_preferences).where(*of(archive_preferences, account))
-            row = (await connection.execute(wanted)).first()
-        if row is None:
-            return None
-        return Preferences(row.standard, tuple(json.loads(row.always_jids)), tuple(json.loads(row.never_jids)))
+            for parameters in by_host(accounts):
+                for row in await connection.execute(_PREFERENCES, parameters):
+                    found[Jid(row.local, row.host, "")] = Preferences(
+                        row.standard, tuple(json.loads(row.always_jids)), tuple(json.loads(row.never_jids))
+                    )
+        return [found.get(account) for account in accounts]
 
     async def set_preferences(self, account: Jid, preferences: Preferences) -> None:
         values = {

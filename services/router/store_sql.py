@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,14 +16,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.router.schema import (
     account_keys,
     accounts,
+    by_host,
+    of_several,
     roster_items,
     rosters,
     router_values,
 )
 from services.router.store import AccountExists, AccountRow, Roster, RosterItem
 from tidings.kit.db import Database, insert_or_update
+from tidings.kit.grouping import Grouping
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.sasl import ScramKeys
+
+_EXISTING = sa.select(accounts.c.local, accounts.c.host).where(of_several(accounts))
 
 
 def of(table: sa.Table, host: str, local: str) -> sa.ColumnElement[bool]:
@@ -36,6 +41,7 @@ class SqlAccountStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._exist = Grouping(self._existing)
 
     async def create(self, host: str, local: str, keys: Mapping[str, ScramKeys]) -> None:
         async def work(connection: AsyncConnection) -> None:
@@ -77,9 +83,15 @@ class SqlAccountStore:
         await self._database.transaction(work, causal=True)
 
     async def exists(self, host: str, local: str) -> bool:
+        return await self._exist.do(Jid(local, host, ""))
+
+    async def _existing(self, wanted: Sequence[Jid]) -> list[bool]:
+        found: set[Jid] = set()
         async with self._database.read(causal=True) as connection:
-            found = await connection.execute(sa.select(accounts.c.local).where(of(accounts, host, local)))
-            return found.first() is not None
+            for parameters in by_host(wanted):
+                rows = await connection.execute(_EXISTING, parameters)
+                found |= {Jid(row.local, row.host, "") for row in rows}
+        return [account in found for account in wanted]
 
     async def page(self, host: str | None, after: str, limit: int) -> list[AccountRow]:
         jid = accounts.c.local.concat("@").concat(accounts.c.host).label("jid")

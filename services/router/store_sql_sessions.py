@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.router.schema import directed_presence, sessions
+from services.router.schema import by_host, directed_presence, of_several, sessions
 from services.router.store import DirectedChange, SessionRow
 from tidings.kit.db import Database
 from tidings.kit.grouping import Grouping
@@ -19,6 +19,7 @@ from tidings.xmpp.jid import Jid
 
 _INSERT = sessions.insert()
 _INSERT_DIRECTED = directed_presence.insert()
+_OF_SEVERAL = sa.select(sessions).where(of_several(sessions))
 _WHOLE = sa.select(sessions, directed_presence.c.receiver).outerjoin(
     directed_presence,
     sa.and_(*(directed_presence.c[name] == sessions.c[name] for name in ("host", "local", "session"))),
@@ -26,12 +27,14 @@ _WHOLE = sa.select(sessions, directed_presence.c.receiver).outerjoin(
 
 
 class SqlSessionTable:
-    """Satisfies `services.router.store.SessionTable`. Binds and ends that come together are written together."""
+    """Satisfies `services.router.store.SessionTable`. Binds and ends that come together are written together, and
+    accounts that are asked for together are read together: where many are away, each message for them asks."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._binds = Grouping(self._insert)
         self._ends = Grouping(self._delete)
+        self._accounts = Grouping(self._of_accounts)
 
     async def bind(self, jid: Jid, session: str, router: str) -> SessionRow | None:
         values = {
@@ -106,7 +109,15 @@ class SqlSessionTable:
         await self._database.transaction(work, causal=True)
 
     async def of_account(self, account: Jid) -> list[SessionRow]:
-        return await self._rows(sessions.c.host == account.domain, sessions.c.local == account.local)
+        return await self._accounts.do(account)
+
+    async def _of_accounts(self, accounts: Sequence[Jid]) -> list[list[SessionRow]]:
+        found: dict[Jid, list[SessionRow]] = {account.bare: [] for account in accounts}
+        async with self._database.read(causal=True) as connection:
+            for parameters in by_host(accounts):
+                for row in map(_row, await connection.execute(_OF_SEVERAL, parameters)):
+                    found[row.jid.bare].append(row)
+        return [found[account.bare] for account in accounts]
 
     async def of_router(self, router: str) -> list[SessionRow]:
         return await self._rows(sessions.c.router == router)

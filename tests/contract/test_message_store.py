@@ -386,6 +386,15 @@ async def test_an_account_has_no_preferences_until_it_sets_some(stores: Stores) 
     assert await stores.store.preferences(JULIET) is None
 
 
+async def test_preferences_of_many_accounts_that_are_asked_for_at_once_are_each_their_own(stores: Stores) -> None:
+    some = {ROMEO: Preferences("never", ("a@example.org",), ()), JULIET: Preferences("roster", (), ())}
+    for account, preferences in some.items():
+        await stores.store.set_preferences(account, preferences)
+    asked = [ROMEO, Jid("nurse", "example.org", ""), JULIET, ROMEO, Jid(ROMEO.local, "example.net", "")]
+    found = await asyncio.gather(*(stores.store.preferences(account) for account in asked))
+    assert found == [some.get(account) for account in asked]
+
+
 async def test_nothing_is_left_of_a_removed_account_and_positions_go_on(stores: Stores) -> None:
     told = Told()
     for n in range(3):

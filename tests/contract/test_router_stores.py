@@ -87,6 +87,21 @@ async def test_of_many_who_make_an_account_at_once_one_succeeds(stores: Stores) 
     assert sorted(type(result).__name__ for result in results) == ["AccountExists"] * 7 + ["NoneType"]
 
 
+async def test_of_many_accounts_that_are_asked_for_at_once_each_has_its_own_answer(stores: Stores) -> None:
+    """Where they are read together: across hosts, more than one statement takes, and the same one twice."""
+    asked = [(f"example.{tld}", f"u{number % 70}") for number in range(140) for tld in ("org", "net")]
+    there = {("example.org", f"u{number}") for number in range(0, 70, 2)}
+    for host, local in sorted(there):
+        await stores.accounts.create(host, local, KEYS)
+        await stores.sessions.bind(Jid(local, host, "desk"), f"s-{local}", "r0")
+    exist = await asyncio.gather(*(stores.accounts.exists(*one) for one in asked))
+    assert exist == [one in there for one in asked]
+    rows = await asyncio.gather(*(stores.sessions.of_account(Jid(local, host, "")) for host, local in asked))
+    assert [[row.session for row in found] for found in rows] == [
+        [f"s-{local}"] if (host, local) in there else [] for host, local in asked
+    ]
+
+
 async def test_keys_are_kept_by_hash_and_replaced_together(stores: Stores) -> None:
     await stores.accounts.create("example.org", "romeo", KEYS)
     assert await stores.accounts.keys("example.org", "romeo", "SHA-256") == KEYS["SHA-256"]

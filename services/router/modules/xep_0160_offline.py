@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Awaitable
 from typing import cast
 
@@ -30,6 +31,11 @@ def load(module: Module) -> None:
     module.on_note(offline.noted)
 
 
+# A router takes this part of the room that an account has left before it counts again: others may take as much
+# meanwhile. And accounts whose room is remembered; of more, those that got nothing for longest are counted anew.
+SHARE = 8
+MAX_REMEMBERED = 10_000
+
 MODULE = ModuleSpec("offline", load, xep="XEP-0160", version="1.0.1")
 
 
@@ -40,6 +46,8 @@ class _Offline:
         self._messages = module.router.store(MessageStore)
         self._safety = module.router.store(Safety)
         self._rules = module.router.store(ArchiveRules)
+        # By account: how many more it may store before it counts.
+        self._room: OrderedDict[Jid, int] = OrderedDict()
         self._read_back = ReadBack(self._router, self._messages, module.router.store(Deliveries), self._offer)
 
     async def undelivered(self, stanza: Stanza) -> bool:
@@ -51,11 +59,27 @@ class _Offline:
             self._rules.forget(str(account))
         if message is None or not message.pending:
             return True
-        most = self._module.options.for_host(account.domain, "max-offline-messages")
-        if most and await self._messages.pending_count(account) >= most:
+        if not await self._has_room(account):
             raise StanzaError("service-unavailable", "too many messages wait for this account")
         await self._messages.keep(message)
         await self._offer(account)
+        return True
+
+    async def _has_room(self, account: Jid) -> bool:
+        """Whether one more may wait for an account, which is then taken for waiting."""
+        most = self._module.options.for_host(account.domain, "max-offline-messages")
+        if not most:
+            return True
+        room = self._room.pop(account, 0)
+        if not room:
+            left = most - await self._messages.pending_count(account)
+            if left <= 0:
+                return False
+            room = max(1, left // SHARE)
+        if room > 1:
+            self._room[account] = room - 1
+            if len(self._room) > MAX_REMEMBERED:
+                self._room.popitem(last=False)
         return True
 
     async def _offer(self, account: Jid) -> None:

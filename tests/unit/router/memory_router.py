@@ -161,7 +161,7 @@ class Stores:
 
 
 class MemoryRouter:
-    """One router; `hooks` are what its modules have registered."""
+    """One router; `hooks` are what its modules have registered. `given`: options."""
 
     def __init__(
         self,
@@ -173,6 +173,7 @@ class MemoryRouter:
         negotiator: Any = None,
         durability: str = "database",
         archives: bool = False,
+        given: Sequence[str] = (),
     ) -> None:
         routers = {} if routers is None else routers
         routers[own] = self
@@ -215,8 +216,8 @@ class MemoryRouter:
         self.for_modules = module_loader.RouterForModules(
             self.routing, self.sessions, self.stores.accounts, components, ports, negotiator, self.tasks.spawn
         )
-        given = options.load([f"--virt-hosts={HOST}"], {})
-        module_loader.load(list(modules), self.hooks, self.for_modules, given, Metrics())
+        set_options = options.load([f"--virt-hosts={HOST}", *given], {})
+        module_loader.load(list(modules), self.hooks, self.for_modules, set_options, Metrics())
 
     def see(self, view: ClusterView) -> None:
         self.routing.view_changed(view)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.router import read_back
-from services.router.messages import Kept, Message
+from services.router.messages import Kept, Message, marked
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
@@ -20,6 +20,7 @@ from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
 from tidings.kit.module import IQ, MESSAGE, PRESENCE, Stanza
+from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid
 
 MODULES = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)
@@ -299,3 +300,50 @@ async def test_a_session_that_was_handed_over_gets_what_was_stored_meanwhile(sto
     await until(lambda: texts(b, juliet) == ["1"])
     for router in routers.values():
         await router.stop()
+
+
+# --- how many may wait ---
+
+
+class CountingStore(MemoryMessageStore):
+    counted = 0
+
+    async def pending_count(self, account: Jid) -> int:
+        self.counted += 1
+        return await super().pending_count(account)
+
+
+async def kept(router: MemoryRouter, name: str) -> bool | str:
+    """True when a message for an account that nobody has a session of is stored, else how it is refused."""
+    envelope = message(name, str(JULIET))
+    envelope.from_jid = f"romeo@{HOST}/r"
+    (handler,) = router.hooks.undelivered
+    try:
+        return await handler(Stanza(envelope)) is True  # type: ignore[misc]
+    except StanzaError as error:
+        return error.condition
+
+
+@pytest.mark.parametrize("routers", [1, 2, 8])
+async def test_no_more_messages_wait_than_may_and_they_are_not_counted_for_each(stores: Stores, routers: int) -> None:
+    """Also when several routers store them, none of which knows of the others'."""
+    stores.messages = counting = CountingStore(stores.table)
+    made = [
+        MemoryRouter(stores=stores, modules=MODULES, given=["--max-offline-messages=200"]) for _ in range(routers)
+    ]
+    results = [await kept(made[number % routers], str(number)) for number in range(220)]
+    assert results == [True] * 200 + ["service-unavailable"] * 20
+    assert counting.counted < 220 // 2
+    for router in made:
+        await router.stop()
+
+
+async def test_there_is_room_again_when_what_waits_was_delivered(stores: Stores) -> None:
+    router = MemoryRouter(stores=stores, modules=MODULES, given=["--max-offline-messages=3"])
+    await stores.accounts.create(JULIET.domain, JULIET.local, {})
+    assert [await kept(router, str(number)) for number in range(4)] == [True, True, True, "service-unavailable"]
+    waiting = await stores.messages.pending(JULIET, "a session", 10)
+    stores.messages.delivered(JULIET, [message.id for message in waiting])
+    await marked(stores.messages)
+    assert await kept(router, "4") is True
+    await router.stop()
