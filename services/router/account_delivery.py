@@ -160,7 +160,7 @@ class AccountDelivery:
         if envelope.kind != MESSAGE:
             self._deliveries.to_session(session, envelope)
             return
-        copied = self._deliveries.is_copied(session)
+        copied = self._deliveries.is_copied(session, envelope)
         holder = CLAIMED + session.id if alone else self._holder((session,))
         safe = self._safety.given(envelope, session.jid.bare, holder, waiter, copied)
         self._deliveries.to_session(session, envelope)

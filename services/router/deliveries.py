@@ -111,7 +111,7 @@ class Deliveries:
         ):
             self.on_again(session, id_)
 
-    def is_copied(self, session: Session) -> bool:
+    def is_copied(self, session: Session, envelope: Envelope) -> bool:
         """Whether a message for a session goes to its stream now, and a process on another host, if there is one,
         gets it before the stream."""
         return (
@@ -122,6 +122,7 @@ class Deliveries:
             and session.early is None
             and session.frozen is None
             and not session.closed
+            and not self._is_withheld(session, envelope)
         )
 
     def when_copied(self, session: Session, then: Callable[[], None]) -> None:
@@ -289,9 +290,12 @@ class Deliveries:
 
     def deliver(self, session: Session, envelope: Envelope) -> None:
         """Writes a stanza to a session's stream now, or, while it has none, as soon as it is resumed."""
-        if not session.inbound.counts and self.withholds and self._is_withheld(session, envelope):
-            return
-        self._write(session, envelope)
+        if self._is_withheld(session, envelope):
+            if session.withheld is None:
+                session.withheld = {}
+            keep_answer(session, session.withheld.setdefault(envelope.from_jid, deque()), envelope)
+        else:
+            self._write(session, envelope)
 
     def _write(self, session: Session, envelope: Envelope) -> None:
         if session.frozen is not None:
@@ -351,18 +355,12 @@ class Deliveries:
     def _is_withheld(self, session: Session, envelope: Envelope) -> bool:
         """Whether a stanza waits until all is safe that the session has sent before: an answer, or what follows one
         of the same sender."""
-        withheld = session.withheld
-        if withheld is not None and envelope.from_jid in withheld:
-            keep_answer(session, withheld[envelope.from_jid], envelope)
+        if session.inbound.counts or not self.withholds:
+            return False
+        if session.withheld is not None and envelope.from_jid in session.withheld:
             return True
-        if envelope.type != "error" and (envelope.kind != IQ or envelope.type != "result"):
-            return False
-        if session.inbound.safe_through >= session.inbound.number:
-            return False
-        if withheld is None:
-            withheld = session.withheld = {}
-        keep_answer(session, withheld.setdefault(envelope.from_jid, deque()), envelope)
-        return True
+        is_answer = envelope.type == "error" or (envelope.kind == IQ and envelope.type == "result")
+        return is_answer and session.inbound.safe_through < session.inbound.number
 
     def let_go(self, session: Session) -> None:
         """More of what a session has sent is safe."""

@@ -266,6 +266,10 @@ class HandOver:
             await asyncio.sleep(pause)
             pause = RETRY
 
+    def is_settled(self, session: Session) -> bool:
+        """Whether nobody else is just taking a session."""
+        return session.id not in self._unsettled
+
     async def settled(self, session: Session) -> None:
         """Waits until it is known whether a session is this router's or another one's."""
         unsettled = self._unsettled.get(session.id)

@@ -91,6 +91,11 @@ class WriteQueue:
         waiting = chain(self._under_way, islice(self._messages, 1))
         return next((one.since for one in waiting if not one.settled), 0.0)
 
+    def has_pending(self, account: Jid) -> bool:
+        """Whether a message of an account waits that is to be pending when it is written."""
+        waiting = (one.message for one in chain(self._under_way, self._messages) if not one.settled)
+        return any(message.pending and message.account == account for message in waiting)
+
     def put(self, message: Message, done: Done, since: float, urgent: bool = False) -> None:
         """`urgent`: who waits wants to be told by `give_up_urgent`."""
         if message.pending and message.id in self._remembered:

@@ -148,6 +148,9 @@ class MessageStore(Protocol):
     def away(self) -> bool:
         """Whether the last commit failed: what waits is tried again."""
 
+    def is_writing_for(self, account: Jid) -> bool:
+        """Whether a message that is to be pending for an account waits to be committed: nobody can read it yet."""
+
     @property
     def marks(self) -> Sequence[tuple[int, int]]:
         """How many acknowledged messages were ever to be marked, and how many of these marks are committed, for each

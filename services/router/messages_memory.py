@@ -48,6 +48,9 @@ class MemoryMessageStore:
     def waiting_bytes(self) -> int:
         return self._queue.waiting_bytes
 
+    def is_writing_for(self, account: Jid) -> bool:
+        return self._queue.has_pending(account)
+
     @property
     def marks(self) -> list[tuple[int, int]]:
         return [(self._queue.marks_put, self._queue.marks_written)]

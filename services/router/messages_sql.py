@@ -58,6 +58,9 @@ class SqlMessageStore(SqlArchive):
     def away(self) -> bool:
         return any(writer.away for writer in self._writers)
 
+    def is_writing_for(self, account: Jid) -> bool:
+        return self._writer(account).queue.has_pending(account)
+
     @property
     def marks(self) -> list[tuple[int, int]]:
         return [(writer.queue.marks_put, writer.queue.marks_written) for writer in self._writers]

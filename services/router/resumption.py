@@ -164,19 +164,18 @@ class Resumption:
 
     async def _found(self, stream: Negotiation, id_: str) -> Session | None:
         """The session, if it is here, is this account's, and may be resumed."""
-        session = self._sessions.get(id_)
-        if session is not None:
+        while (session := self._sessions.get(id_)) is not None:
             await self._hand_over.settled(session)
             await self.whole(session)
-            session = self._sessions.get(id_)
-        if session is None or session.account != str(stream.account):
-            return None
-        if not session.resume_seconds or session.closed:
-            return None
-        if await self._is_ours(session):
-            return session
-        session.closed = True
-        await self.end(session)
+            if session.account != str(stream.account) or not session.resume_seconds:
+                return None
+            ours = await self._is_ours(session)
+            if self._sessions.get(id_) is not session or not self._hand_over.is_settled(session):
+                continue  # it began to go to another router meanwhile
+            if ours or session.closed:
+                return session if not session.closed else None
+            session.closed = True
+            await self.end(session)
         return None
 
     async def _is_ours(self, session: Session) -> bool:

@@ -122,6 +122,14 @@ async def test_what_waits_is_counted_until_it_is_kept(stores: Stores) -> None:
     await settled(stores.store)
 
 
+async def test_it_says_for_which_accounts_messages_that_wait_for_them_are_being_written(stores: Stores) -> None:
+    told = Told()
+    told.write(stores.store, message(ROMEO, 1), message(JULIET, 2)._replace(pending=False))
+    assert [stores.store.is_writing_for(account) for account in (ROMEO, JULIET)] == [True, False]
+    await told.of(2)
+    assert not stores.store.is_writing_for(ROMEO)
+
+
 # --- marks of delivery ---
 
 

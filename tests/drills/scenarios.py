@@ -153,9 +153,11 @@ async def stored_just_before_the_kill(drill: Drill) -> None:
 
 async def a_kill_while_the_database_stands_still(drill: Drill) -> None:
     """What waits for its commit is not safe, however long that takes: whoever dies with it has not said that it is."""
-    node = drill.node()
-    # Half of them have walked out of reach, and nobody knows yet.
-    vanished = [client for client in _at(drill, node) if client in drill.population.singles][::2]
+    singles = drill.population.singles
+    await drill.until(lambda: any(client.works for client in singles), LOGGED_IN)
+    node = drill.random.choice([client for client in singles if client.works]).at % 3
+    # Half of those there have walked out of reach, and nobody knows yet.
+    vanished = [client for client in _at(drill, node) if client in singles][::2]
     writers = [client for client in drill.population.working() if client not in vanished]
     for client in vanished:
         client.vanish(silently=True)

@@ -36,6 +36,9 @@ def load(module: Module) -> None:
 SHARE = 8
 MAX_REMEMBERED = 10_000
 
+# Seconds for what is being written when a session comes; behind that it comes when it is.
+WRITTEN = 1.0
+
 MODULE = ModuleSpec("offline", load, xep="XEP-0160", version="1.0.1")
 
 
@@ -132,7 +135,10 @@ class _Offline:
         await self._offer(account)
 
     async def available(self, session: Session) -> None:
-        """3.1: all that waits, in order, before anything newer."""
+        """3.1: all that waits, in order, before anything newer; also what is only being written: the account's last
+        session was given it, and has not confirmed it."""
+        if self._messages.is_writing_for(session.jid.bare):
+            await written(self._messages, WRITTEN)
         if not await self._read_back.flush(_own(session)):
             self._read_back.owe(_own(session))
 

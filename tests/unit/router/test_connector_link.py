@@ -78,6 +78,9 @@ class NothingMoves:
     async def settled(self, session: Session) -> None:
         return
 
+    def is_settled(self, session: Session) -> bool:
+        return True
+
 
 class Attached:
     """A router, and one connector's link to it."""

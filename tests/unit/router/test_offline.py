@@ -103,6 +103,7 @@ async def test_what_a_closed_session_did_not_get_goes_to_another_one_that_is_the
     assert texts(router, second) == []
     await router.end(first)
     await until(lambda: texts(router, second) == ["1", "2"])
+    await router.stop()
 
 
 async def test_what_a_session_holds_goes_to_no_other_one_and_not_twice_to_itself(router: MemoryRouter) -> None:
@@ -121,6 +122,7 @@ async def test_what_a_session_holds_goes_to_no_other_one_and_not_twice_to_itself
     assert (texts(router, first), texts(router, second)) == (["1", "2"], [])
     await router.end(first)
     await until(lambda: texts(router, second) == ["1", "2"])
+    await router.stop()
 
 
 async def test_what_was_stored_reaches_a_session_that_has_had_later_ones_of_the_same_sender(
@@ -346,4 +348,46 @@ async def test_there_is_room_again_when_what_waits_was_delivered(stores: Stores)
     stores.messages.delivered(JULIET, [message.id for message in waiting])
     await marked(stores.messages)
     assert await kept(router, "4") is True
+    await router.stop()
+
+
+# --- what is only being written ---
+
+
+class SlowStore(MemoryMessageStore):
+    """Commits when a test says so."""
+
+    slow = False
+
+    def _commit_soon(self) -> None:
+        if not self.slow:
+            super()._commit_soon()
+
+    def commit(self) -> None:
+        self.slow = False
+        self._commit_soon()
+
+
+async def test_a_session_gets_first_what_the_last_one_was_given_also_when_that_is_only_being_written(
+    stores: Stores,
+) -> None:
+    """As after a moment in which the router stood still: its commit comes behind its sessions' ends."""
+    stores.messages = store = SlowStore(stores.table)
+    router = MemoryRouter(stores=stores, modules=MODULES)
+    romeo, first = await router.session("romeo"), await router.session("juliet", "first")
+    first.inbound.enable()
+    first.outbound.enable()
+    store.slow = True
+    await router.send(romeo, message("1", str(JULIET)))
+    assert texts(router, first) == ["1"]
+    assert (store.is_writing_for(JULIET), store.is_writing_for(romeo.jid.bare)) == (True, False)
+    await router.end(first)
+    second = await router.session("juliet", "second", available=False)
+    comes = asyncio.create_task(router.send(second, presence()))
+    await until(lambda: second.presence is not None)
+    await router.send(romeo, message("2", str(JULIET)))
+    assert texts(router, second) == []
+    store.commit()
+    await comes
+    await until(lambda: texts(router, second) == ["1", "2"])
     await router.stop()

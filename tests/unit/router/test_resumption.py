@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
 from services.router.negotiation import Negotiation
 from services.router.sessions import Session
+from services.router.store import SessionRow
 from services.router.tickets import Tickets
 from tests.unit.router.memory_router import HOST, message, until
 from tests.unit.router.test_connector_link import Attached
@@ -16,6 +18,7 @@ from tidings.api.router.v1.router_pb2 import AttachRequest, StreamEvent
 from tidings.kit.link import Lane
 from tidings.kit.module import IQ, MESSAGE, NONZA
 from tidings.xmpp import ns
+from tidings.xmpp.jid import Jid
 from tidings.xmpp.stream_management import ACK, ENABLE, RESUME
 
 
@@ -206,6 +209,33 @@ async def test_a_session_that_another_router_has_taken_over_is_not_resumed_here(
     assert juliet.closed
     (present,) = await attached.router.stores.table.of_account(juliet.jid.bare)
     assert present.router == "another router", "nobody is told of an end"
+
+
+async def test_a_session_that_begins_to_go_to_another_router_is_not_resumed_here(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the table is asked whose it is: it would go on here from its record of before, and there as well."""
+    juliet = await resumable(attached, "juliet")
+    break_off(attached, juliet)
+    table, hand_over = attached.router.stores.table, attached.resumption._hand_over
+    of_account, given = table.of_account, asyncio.Event()
+
+    async def meanwhile(account: Jid) -> list[SessionRow]:
+        rows = await of_account(account)
+        monkeypatch.setattr(hand_over, "is_settled", lambda _session: given.is_set())
+        monkeypatch.setattr(hand_over, "settled", lambda _session: given.wait())
+        return rows
+
+    monkeypatch.setattr(table, "of_account", meanwhile)
+    resuming = asyncio.create_task(resume(attached, juliet, 0))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert juliet.link is None, "the client waits"
+    attached.router.sessions.remove(juliet)
+    given.set()
+    stream = await resuming
+    assert stream.session is None
+    assert b"<resumed " not in answer(attached)
 
 
 async def test_a_holder_that_begins_learns_which_requests_under_way_have_their_answers(attached: Attached) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
-from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, message, until, view
+from tests.unit.router.memory_router import HOST, Link, MemoryRouter, Stores, message, until, view
 from tidings.cluster.node import NodeState
 from tidings.cluster.strategies.home import Home
 from tidings.cluster.strategies.online_users import OnlineUsers
@@ -105,3 +105,41 @@ async def test_what_comes_behind_it_does_not_overtake_what_is_sent_another_way(t
     await until(lambda: two.here.link.bodies(phone) == ["1", "2"])
     two.store.away = False
     await until(lambda: romeo.inbound.h == 2)
+
+
+# --- where a copy at another process makes it safe ---
+
+
+class Holder(Link):
+    """The link of a connector that has copies: it has at once what is sent to it."""
+
+    local = False
+
+    def when_copied(self, then: Callable[[], None]) -> None:
+        then()
+
+    def progress(self, session: Session) -> None:
+        """Its copy may be shortened."""
+
+
+@pytest.mark.parametrize("withheld", [False, True])
+async def test_what_is_withheld_from_a_client_is_not_in_its_copy_and_not_safe_with_that(withheld: bool) -> None:
+    """A message behind an answer that says too much (see Deliveries) waits in this router's memory alone."""
+    router = MemoryRouter(durability="memory")
+    router.link = Holder()
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    romeo.inbound.enable()
+    juliet.holder = router.link  # type: ignore[assignment]
+    store = router.stores.messages
+    assert isinstance(store, MemoryMessageStore)
+    store.away = True
+    if withheld:
+        assert router.safety.accept(juliet, message("of her own", f"o@{HOST}"))
+        await router.send(romeo, message("an answer", juliet.jid_text, "error"))
+    handled = romeo.inbound.h
+    await router.send(romeo, message("1", juliet.jid_text))
+    assert router.link.bodies(juliet) == ([] if withheld else ["1"])
+    assert romeo.inbound.h == handled + (not withheld)
+    store.away = False
+    await until(lambda: romeo.inbound.h == handled + 1)
+    await router.stop()
