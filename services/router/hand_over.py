@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from services.router.deliveries import REQUESTS
 from services.router.peers import Failed, Peers
 from services.router.session_record import record_of
 from services.router.sessions import Session, Sessions
@@ -328,12 +329,13 @@ class HandOver:
 
     def send_on(self, session: Session, kept: Iterable[Envelope]) -> None:
         """What waited for a session that is no more goes on: a message to the other sessions of the account or into
-        the store, the request in an IQ back as an error. By its number nobody gets it twice."""
+        the store, the request in an IQ back as an error. By its number nobody gets it twice. An answer is for nobody
+        else: a new session of that name has not asked."""
         lane = Lane(self._spawn)
         for envelope in kept:
             if envelope.kind == MESSAGE:
                 envelope.to_jid = session.account
-            elif envelope.kind != IQ or not envelope.from_jid:
+            elif envelope.kind != IQ or envelope.type not in REQUESTS or not envelope.from_jid:
                 continue
             lane.run(self._routing.route, envelope)
 

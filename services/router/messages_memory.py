@@ -113,10 +113,10 @@ class MemoryMessageStore:
         return self._rows.get(account, {})
 
     async def pending(
-        self, account: Jid, session: str, limit: int, after: int = 0, alone: bool = False
+        self, account: Jid, session: str, limit: int, after: int = 0, alone: bool = False, over: Collection[str] = ()
     ) -> list[Kept]:
         claim = CLAIMED + session
-        others = {row.session for row in await self._sessions.of_account(account)} - {session}
+        others = {row.session for row in await self._sessions.of_account(account)} - {session, *over}
         held = others | {CLAIMED + other for other in others}
         acknowledged = self._queue.marked()
         free = [

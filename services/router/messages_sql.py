@@ -95,17 +95,19 @@ class SqlMessageStore(SqlArchive):
     # --- what is pending ---
 
     async def pending(
-        self, account: Jid, session: str, limit: int, after: int = 0, alone: bool = False
+        self, account: Jid, session: str, limit: int, after: int = 0, alone: bool = False, over: Collection[str] = ()
     ) -> list[Kept]:
         while True:
             low = await self._before_pending(account, after)
             if low is None:
                 return []  # as for most who come: they need no transaction
-            claimed, after = await self._claim(account, session, limit, low, alone)
+            claimed, after = await self._claim(account, session, limit, low, alone, over)
             if claimed or not after:
                 return claimed
 
-    async def _claim(self, account: Jid, session: str, limit: int, low: int, alone: bool) -> tuple[list[Kept], int]:
+    async def _claim(
+        self, account: Jid, session: str, limit: int, low: int, alone: bool, over: Collection[str]
+    ) -> tuple[list[Kept], int]:
         """The messages, and behind which position there may be more; 0: nowhere."""
         queue = self._writer(account).queue
         acknowledged = queue.marked()
@@ -115,7 +117,7 @@ class SqlMessageStore(SqlArchive):
         wanted = sa.select(*KEPT, messages.c.holder).where(*here).order_by(messages.c.position).limit(limit)
 
         async def work(connection: AsyncConnection) -> list[Kept]:
-            others = [row.session for row in await connection.execute(living)]
+            others = [row.session for row in await connection.execute(living) if row.session not in over]
             held = [name for other in others for name in (other, CLAIMED + other)]
             # Who claims at the same moment waits here for our commit, and then finds what is left. (Locks of Galera
             # are one server's own: the later commit of two at different ones fails, and is tried again.)

@@ -90,6 +90,9 @@ class RouterForModules:
     def tell(self, module: str, account: str, content: bytes) -> None:
         self._routing.notes.tell(module, account, content)
 
+    async def tell_bound(self, module: str, account: str, content: bytes) -> None:
+        await self._routing.notes.tell_bound(module, account, content)
+
     async def known(self) -> None:
         await self._routing.notes.known()
 

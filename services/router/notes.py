@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidings.cluster.forwarding import Forwarder, Item, Mode
 from tidings.cluster.strategy import Strategy
+from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
 from tidings.kit.module import Hooks
 from tidings.xmpp.jid import Jid
+
+if TYPE_CHECKING:
+    from services.router.store import SessionTable
 
 log = get_logger("router")
 
@@ -22,8 +26,12 @@ KNOWN_TIMEOUT = 2.0
 class Notes:
     """Sends the notes of this router's modules, and hands them those of others."""
 
-    def __init__(self, hooks: Hooks, step: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+    def __init__(
+        self, own: str, hooks: Hooks, table: SessionTable, step: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> None:
+        self._own = own
         self._hooks = hooks
+        self._table = table
         self._step = step
         self._strategy: Strategy = None  # type: ignore[assignment] # set by `start`
         self._forwarder: Forwarder = None  # type: ignore[assignment]
@@ -62,7 +70,7 @@ class Notes:
         """To the other routers that may have sessions of an account."""
         plan = self._strategy.locate(account, "")
         nodes = [node for node in (plan.decides, *plan.nodes) if node]
-        return self._forwarder.ask(nodes, Item(("", account), account, "", (module, content), Mode.NOTE), then)
+        return self._forwarder.ask(nodes, _note(module, account, content), then)
 
     async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
         """Sends a module's note; the answers of those that had one. A router that hangs is not waited for."""
@@ -78,6 +86,22 @@ class Notes:
     def tell(self, module: str, account: str, content: bytes) -> None:
         self._send_note(module, account, content, lambda: None)
 
+    async def tell_bound(self, module: str, account: str, content: bytes) -> None:
+        """To the other routers at which the table has sessions of an account now, whatever the strategy knows; while
+        the database is away, to those that it names. Waits, within bounds, until they have dealt with it."""
+        if len(self._forwarder.view.with_router_sessions()) < 2:
+            return
+        try:
+            rows = await self._table.of_account(Jid.parse(account))
+        except DatabaseAway:
+            self.tell(module, account, content)
+            return
+        others = {node.incarnation for node in self._forwarder.view.with_router_sessions()} - {self._own}
+        nodes = sorted(others & {row.router for row in rows})
+        dealt_with: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._forwarder.ask(nodes, _note(module, account, content), lambda: _set(dealt_with, None))
+        await asyncio.wait({dealt_with}, timeout=KNOWN_TIMEOUT)
+
     async def known(self) -> None:
         """Waits, within bounds, until the other routers have taken the notes of our strategy."""
         told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -87,6 +111,10 @@ class Notes:
                 await told
         except TimeoutError:
             log.debug("notes_not_taken", waited=KNOWN_TIMEOUT)
+
+
+def _note(module: str, account: str, content: bytes) -> Item:
+    return Item(("", account), account, "", (module, content), Mode.NOTE)
 
 
 def _set(future: asyncio.Future[Any], value: Any) -> None:

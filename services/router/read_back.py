@@ -4,8 +4,8 @@ fast as others write (it is *behind*, see deliveries.py). Nobody gets more than 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, cast
 
 from services.router.deliveries import Deliveries, wants_stored
 from services.router.messages import Kept, MessageStore, written
@@ -80,7 +80,9 @@ class ReadBack:
         most, alone = min(PAGE, self._deliveries.room(session)), not wants_stored(session)
         # While the store is asked it may be told of them.
         confirmed = {id_ for _, id_ in session.unmarked}
-        kept = await self._messages.pending(account, session.id, most, after, alone)
+        here = cast("Iterable[Session]", self._router.sessions(session.account).values())
+        over = [other.id for other in here if other.closed]
+        kept = await self._messages.pending(account, session.id, most, after, alone, over)
         if not kept or not self._deliveries.accepts(session):
             return False, after
         page = [(_delayed(message, account), message.id, message.given) for message in kept]

@@ -79,9 +79,10 @@ class Routing:
         self._spawn = spawn
         self.deliveries = Deliveries(sessions)
         safety.on_confirmed.append(self.deliveries.confirmed)
+        safety.offers.spawn = spawn
         self.deliveries.on_again = lambda session, id_: safety.acknowledged(session, [id_])
         self.endings = Endings(hooks, self.step, spawn)
-        self.notes = Notes(hooks, self.step)
+        self.notes = Notes(own, hooks, table, self.step)
         # Looks after sessions of dead routers; it needs this routing itself, so it comes behind it.
         self.orphans: Orphans | None = None
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`

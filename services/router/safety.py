@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from services.router.messages import Message, MessageStore, id_text, message_id, wanted
+from services.router.offers import Offers
 from tidings.kit.logging import get_logger
 from tidings.kit.module import MESSAGE
 from tidings.xmpp import stanza_ids
@@ -55,6 +56,7 @@ class Safety:
         self._messages = messages
         self._rules = rules
         self._limit = limit
+        self.offers = Offers(sessions)
         # Whether a sender waits until its messages are safe; and whether that is the case when two processes hold
         # them, where two hold the session that gets one: else it waits for the database.
         self.waits = durability != "none"
@@ -214,24 +216,36 @@ class Safety:
             self._messages.write(message, self._written)
         elif waiter is not None:
             waiter.expect()
-            self._messages.write(message, partial(self._written, waiter=waiter))
+            self._messages.write(message, partial(self._written, message=message, waiter=waiter))
         else:
             sender = self._sessions.get(message.origin)
             if sender is not None:
                 sender.inbound.expect(message.number)
-            self._messages.write(message, partial(self._written, sender=sender, number=message.number))
+            self._messages.write(message, partial(self._written, message=message, sender=sender))
 
     def _written(
-        self, error: Exception | None, waiter: Waiter | None = None, sender: Session | None = None, number: int = 0
+        self,
+        error: Exception | None,
+        message: Message | None = None,
+        waiter: Waiter | None = None,
+        sender: Session | None = None,
     ) -> None:
         if error is not None:
             # It is not safe, and will never be: its sender is not told that it is.
             log.error("message_not_stored", reason=str(error))
-        elif waiter is not None:
+        elif message is not None:
+            if self.offers.is_due(message.holder):
+                then = partial(self._settle, message.number, waiter, sender)
+                self.offers.when_offered(message.account, message.holder, then)
+            else:
+                self._settle(message.number, waiter, sender)
+        self.look()
+
+    def _settle(self, number: int, waiter: Waiter | None, sender: Session | None) -> None:
+        if waiter is not None:
             waiter.settle()
         elif sender is not None and sender.inbound.settle(number):
             self.on_safe(sender)
-        self.look()
 
     def acknowledged(self, session: Session, what: list[Envelope | bytes]) -> None:
         """A session has what it was given."""

@@ -81,6 +81,15 @@ class TakenOver:
             self._looking = self._spawn(self._look_in_time(), "what is left behind a standstill")
         return None if self._looking is None else asyncio.wait({self._looking})
 
+    def is_looking(self) -> bool:
+        """Whether it is being asked what is left behind a standstill."""
+        return self._looking is not None
+
+    async def looked(self) -> None:
+        """Waits until that is known, or would have been."""
+        if self._looking is not None:
+            await asyncio.wait({self._looking})
+
     async def _look_in_time(self) -> None:
         try:
             await asyncio.wait({self._spawn(self.look(), "sessions that were taken over")}, timeout=ASK_TIMEOUT)

@@ -380,6 +380,15 @@ async def test_retention_sweeps_each_host_by_its_own_days(stores: Stores, monkey
     assert len(await archive(stores, NURSE)) == 2 * many
 
 
+async def test_who_claims_gets_what_a_session_holds_that_is_known_to_be_over(stores: Stores) -> None:
+    """Its row goes a moment later."""
+    await bind(stores, "desk")
+    await stores.store.keep(message(ROMEO, 1, holder="desk"))
+    assert await stores.store.pending(ROMEO, "phone", 10) == []
+    assert numbers(await stores.store.pending(ROMEO, "phone", 10, over=["desk"])) == [1]
+    assert numbers(await stores.store.pending(ROMEO, "phone", 10)) == [1], "it is the phone's now"
+
+
 # --- preferences, and the end of an account ---
 
 

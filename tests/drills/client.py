@@ -115,6 +115,8 @@ class Client(Conversation):
         self.drop()
 
     def call_back(self) -> None:
+        if not self._wanted.is_set() and self._lost_at is not None:
+            self._lost_at = self._history.now()  # till now it was away of its own will
         self._wanted.set()
 
     def cut_after(self, received: int | None = None, sent: int | None = None) -> None:

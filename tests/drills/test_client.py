@@ -370,6 +370,19 @@ async def test_one_that_vanishes_comes_back_only_when_it_is_called(peer: Scripte
         assert (await connection.resume(1)).get("h") == "0"
 
 
+async def test_the_time_for_which_it_stays_away_is_no_pause(peer: ScriptedPeer) -> None:
+    async with Bench(peer) as bench:
+        bench.client.vanish()
+        called = bench.history.now()
+        while bench.history.now() == called:
+            await asyncio.sleep(0)
+        bench.client.call_back()
+        await (await bench.next()).resume(0)
+        await bench.until(lambda: bench.client.pauses)
+        ((since, _),) = bench.client.pauses
+        assert since > called
+
+
 # --- without XEP-0198 ---
 
 

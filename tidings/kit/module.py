@@ -176,6 +176,12 @@ class RouterPort(Protocol):
     def tell(self, module: str, account: str, content: bytes) -> None:
         """The same without waiting for answers; the note goes behind all that was sent to the account."""
 
+    async def tell_bound(self, module: str, account: str, content: bytes) -> None:
+        """The same, to the routers that have sessions of the account now, also those that the strategy does not know
+        of yet; returns when they have dealt with it.
+
+        Not guaranteed: that one which hangs, or dies meanwhile, has."""
+
     async def known(self) -> None:
         """Waits until the other routers know what the strategy has told them of sessions here."""
 
@@ -355,6 +361,10 @@ class Module:
     def tell(self, account: str, content: bytes) -> None:
         """Tells them something."""
         self.router.tell(self._spec.name, account, content)
+
+    async def tell_bound(self, account: str, content: bytes) -> None:
+        """Tells those that have sessions of the account now."""
+        await self.router.tell_bound(self._spec.name, account, content)
 
     def on_account_deleted(self, handler: AccountHandler) -> None:
         """An account goes: remove what is stored for it. Called when its sessions have ended."""

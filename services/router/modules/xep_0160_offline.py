@@ -49,6 +49,7 @@ class _Offline:
         self._messages = module.router.store(MessageStore)
         self._safety = module.router.store(Safety)
         self._rules = module.router.store(ArchiveRules)
+        self._safety.offers.offer = self._offer
         # By account: how many more it may store before it counts.
         self._room: OrderedDict[Jid, int] = OrderedDict()
         self._read_back = ReadBack(self._router, self._messages, module.router.store(Deliveries), self._offer)
@@ -89,7 +90,7 @@ class _Offline:
         """A session may have come while a message was being written, and have read before it; here or elsewhere."""
         given = self.noted(account, b"")
         if given is None:
-            self._module.tell(str(account), b"")
+            await self._module.tell_bound(str(account), b"")
         else:
             await given
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from services.router.adoption import in_order, tell
+from services.router.hand_over import HandOver
+from services.router.sessions import Session, Sessions
 from tests.unit.router.nodes import DRAINING, HOST, UP, Client, at_home, at_once, away, running, soon
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.kit.module import MESSAGE, PRESENCE
+from tidings.kit.module import IQ, MESSAGE, PRESENCE
+from tidings.xmpp.jid import Jid
 
 
 class Talk:
@@ -208,3 +213,18 @@ def test_presence_of_one_sender_is_not_taken_for_that_of_another() -> None:
     first, second = (stanza(0, raw=b"<presence/>", kind=PRESENCE) for _ in range(2))
     first.from_jid, second.from_jid = "romeo@example.org/r", "nurse@example.org/r"
     assert list(in_order([first], [second])) == [first, second]
+
+
+def test_an_answer_that_waited_for_a_session_that_has_ended_is_for_nobody() -> None:
+    """A new session of its name would get an answer that it did not ask for."""
+    routed: list[tuple[int, str]] = []
+    routing: Any = SimpleNamespace(route=lambda envelope: routed.append((envelope.kind, envelope.type)))
+    nothing: Any = None
+    hand_over = HandOver("r", Sessions(), nothing, routing, nothing, nothing, nothing)
+    session = Session(Jid("romeo", "example.org", "r"), "en", None, 1, nothing)
+    kept = [
+        Envelope(kind=kind, type=type_, from_jid="juliet@example.org/r", to_jid=session.jid_text)
+        for kind, type_ in ((MESSAGE, "chat"), (IQ, "result"), (IQ, "error"), (IQ, "get"), (IQ, "set"))
+    ]
+    hand_over.send_on(session, kept)
+    assert routed == [(MESSAGE, "chat"), (IQ, "get"), (IQ, "set")]
