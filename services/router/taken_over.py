@@ -74,15 +74,16 @@ class TakenOver:
     def stood_still(self) -> Awaitable[object] | None:
         """What is to be waited for before anything is dealt with that has come meanwhile; None when there is nothing.
         It never raises."""
+        return asyncio.wait({self._looking}) if self.is_looking() and self._looking else None
+
+    def is_looking(self) -> bool:
+        """Whether it is being asked what is left behind a standstill. It may end with this very call: whatever came
+        first is dealt with first."""
         now = time.monotonic()
         still, self._beat = now - self._beat, now
         if still > STILL and self._looking is None:
             log.warning("stood_still", seconds=round(still, 1))
             self._looking = self._spawn(self._look_in_time(), "what is left behind a standstill")
-        return None if self._looking is None else asyncio.wait({self._looking})
-
-    def is_looking(self) -> bool:
-        """Whether it is being asked what is left behind a standstill."""
         return self._looking is not None
 
     async def looked(self) -> None:
@@ -100,7 +101,7 @@ class TakenOver:
         self._beat = time.monotonic()
         while True:
             await asyncio.sleep(BEAT)
-            self.stood_still()
+            self.is_looking()
 
     # --- something is cut off ---
 

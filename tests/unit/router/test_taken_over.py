@@ -13,6 +13,7 @@ from services.router.store import SessionRow
 from services.router.taken_over import STILL, TakenOver, taken
 from tests.unit.router.memory_router import MemoryRouter, message, until
 from tidings.kit.db import DatabaseAway
+from tidings.xmpp.jid import Jid
 
 
 class Bench:
@@ -158,6 +159,27 @@ async def test_a_database_that_is_away_holds_nothing_up_for_long(
     assert bench.dismissed == []
     asked.set()
     await until(lambda: len(bench.dismissed) == 1, timeout=5.0)
+
+
+async def test_what_is_committed_at_the_moment_of_waking_is_safe_when_that_is_known(bench: Bench) -> None:
+    """The answer of the database may be the first thing that is dealt with: the session it was for may have gone."""
+    router, offers = bench.router, bench.router.safety.offers
+    offers.is_looking, offers.looked = bench.taken_over.is_looking, bench.taken_over.looked
+    offered: list[Jid] = []
+
+    async def offer(account: Jid) -> None:
+        offered.append(account)
+
+    offers.offer = offer
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    romeo.inbound.enable()
+    await bench.loses(juliet)
+    bench.taken_over._beat -= STILL + 1.0
+    at: list[bool] = []
+    router.safety.on_safe = lambda _session: at.append(bool(offered))
+    await router.send(romeo, message("1", juliet.jid_text))
+    await until(lambda: at)
+    assert (at, offered) == ([True], [juliet.jid.bare])
 
 
 # --- another router says so ---
