@@ -72,7 +72,7 @@ CASES = (
     Case("not_returned_at_the_end", "cut clients", (LOST,), clients="plain", nodes=1),
     Case("repetitions_not_known", "no commit, then kill", (DOUBLED,)),
     Case("hops_not_known", "no commit, then kill", (DOUBLED,)),
-    Case("batches_dropped_at_reconnect", "cut for a moment", (LOST, COMPLAINT)),
+    Case("batches_dropped_at_reconnect", "cut for a moment", (LOST, COMPLAINT), strategy="home", way=PROCESSES),
     Case("live_before_stored", "log-in under fire", (DISORDERED,), nodes=1),
     Case("groups_reversed", "cut clients", (DISORDERED,), clients="plain", nodes=1),
     Case("old_epoch_accepted", "old copies", (LOST, DOUBLED), way=PROCESSES),
