@@ -33,6 +33,7 @@ REQUEST_RAW = f"<r xmlns='{ns.SM}'/>".encode()
 
 # Most sessions of most servers have nothing under way, and an empty deque is 600 bytes: they share this one.
 NOTHING: deque[Any] = deque(maxlen=0)
+NONE: frozenset[int] = frozenset()
 
 _DIGITS = re.compile(r"[0-9]{1,10}")
 _DELAY = f"{{{ns.DELAY}}}delay"
@@ -61,7 +62,7 @@ class Inbound:
     """
 
     __slots__ = (
-        "_again", "_counted", "_open", "before", "counts", "doubtful", "handled", "last", "number", "resumed_at",
+        "_again", "_counted", "_open", "_unknown", "before", "counts", "handled", "last", "number", "resumed_at",
         "revived",
     )  # fmt: skip
 
@@ -79,9 +80,9 @@ class Inbound:
         self.before = 0
         self.last = 0
         self.resumed_at = 0
-        # Whether it is not known if that was dealt with which the client may repeat; and the last such number that
-        # was repeated, and is to be dealt with again.
-        self.doubtful = False
+        # Numbers of what the client may repeat, where it is not known whether that was dealt with; and the last of
+        # these that was repeated, and is to be dealt with again.
+        self._unknown: set[int] | frozenset[int] = NONE
         self.revived = 0
         # What the client may repeat since it has resumed.
         self._again: deque[Sent] = NOTHING
@@ -150,8 +151,8 @@ class Inbound:
         """Of what the client may repeat: whether it is known to be dealt with, and safe, and all before <enable/>."""
         if sent.safe:
             return True
-        unknown = self.doubtful and sent.number <= self.resumed_at
-        return not unknown and self.is_safe(sent.number) and self.safe_through >= self.before
+        known = sent.number not in self._unknown
+        return known and self.is_safe(sent.number) and self.safe_through >= self.before
 
     def unsafe(self) -> list[int]:
         return list(self._open)
@@ -189,9 +190,10 @@ class Inbound:
         self.carry_on(self.kept())
 
     def carry_on(self, kept: list[Sent], doubtful: bool = False) -> None:
-        """The same, with what a record of the session knows to be kept. `doubtful`: it is not known whether that has
-        been dealt with."""
-        self.doubtful = doubtful or self.doubtful
+        """The same, with what a record of the session knows to be kept. `doubtful`: of that which is not known to be
+        safe it is not known either whether it has been dealt with. What comes later is: here."""
+        if doubtful:
+            self._unknown = {sent.number for sent in kept if not sent.safe}
         self._again = deque(kept)
         self._counted = deque()
         self.resumed_at = self.last = self.number
@@ -203,7 +205,8 @@ class Inbound:
                 for _ in range(index + 1):
                     self._again.popleft()
                 self._counted.append(sent)
-                if self.doubtful and not sent.safe and sent.number not in self._open:
+                if sent.number in self._unknown:
+                    self._unknown -= {sent.number}
                     self._open[sent.number] = 1
                     self.revived = sent.number
                 self._advance()

@@ -270,3 +270,37 @@ def test_what_is_known_to_be_safe_is_not_dealt_with_again_behind_a_take_over() -
     assert revived == [True, False, True]
     after.settle(1)
     assert after.handled == 2
+
+
+def test_what_was_dealt_with_behind_a_take_over_is_not_dealt_with_again_when_its_client_resumes() -> None:
+    """A request would be answered by its receiver once, and then by its deadline."""
+    inbound = Inbound()
+    inbound.enable()
+    inbound.carry_on([], doubtful=True)
+    first, second = send(inbound, "a"), send(inbound, "b")
+    inbound.settle(second)
+    inbound.resume()
+    assert (send(inbound, "a"), send(inbound, "b")) == (first, second)
+    assert inbound.revived == 0
+    assert inbound.unsafe() == [first]
+
+
+def test_what_was_repeated_once_behind_a_take_over_is_known_from_then_on() -> None:
+    before = Inbound()
+    before.enable()
+    for id_ in "ab":
+        send(before, id_)
+    before.resume()
+    after = Inbound()
+    after.enable()
+    after.number = 2
+    after.carry_on(before.kept(), doubtful=True)
+    for id_ in "ab":
+        send(after, id_)
+    assert after.revived == 2
+    after.settle(2)
+    after.resume()
+    after.revived = 0
+    for id_ in "ab":
+        send(after, id_)
+    assert after.revived == 0
