@@ -102,6 +102,9 @@ class AccountDelivery:
             if action is Action.IGNORE:
                 return None
         taken = not item.resource and self.to_sessions_here(envelope, item)
+        if item.again and kind == MESSAGE and not item.resource and self.others:
+            item.again = False
+            return self._again(item, plan, taken)
         if plan.nodes:
             if kind == PRESENCE and not plan.certain and not self._may_move(item.account):
                 # Nobody is known to be there, and mostly nobody is: the table is not asked for each of these.
@@ -187,15 +190,33 @@ class AccountDelivery:
             return self._ask_table(item)
         return self._nobody(item)
 
+    async def _again(self, item: Item, plan: Plan, taken: bool) -> None:
+        """A message comes back from a router that has died. The strategy may not know yet who takes over what was
+        there; the table does. What comes behind it must not be there first, though others of the account have it."""
+        try:
+            nodes = await self._where(item)
+        except DatabaseAway:
+            nodes = set(plan.nodes)
+        elsewhere = tuple(sorted(nodes & self.others))
+        if elsewhere:
+            self._forwarder.copies(item, Plan(nodes=elsewhere, certain=False), taken)
+        elif not taken:
+            await self._ask_table(item)
+
+    async def _where(self, item: Item) -> set[str]:
+        """The routers that have sessions which an item may be for. Raises DatabaseAway."""
+        nodes = await self._by_table_in_time(item)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + SETTLED
+        while nodes - self.others - {self._own} and loop.time() < ends:
+            # A router that has only just come; or one that is gone: its sessions are taken over, or ended.
+            await self._newer_view(LOOK)
+            nodes = await self._by_table_in_time(item)
+        return nodes
+
     async def _ask_table(self, item: Item) -> None:
         try:
-            nodes = await self._by_table_in_time(item)
-            loop = asyncio.get_running_loop()
-            ends = loop.time() + SETTLED
-            while nodes - self.others - {self._own} and loop.time() < ends:
-                # A router that has only just come; or one that is gone: its sessions are taken over, or ended.
-                await self._newer_view(LOOK)
-                nodes = await self._by_table_in_time(item)
+            nodes = await self._where(item)
             elsewhere = tuple(sorted(nodes & self.others))
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)
@@ -227,7 +248,6 @@ class AccountDelivery:
                 await asyncio.sleep(RETRY)
 
     async def _by_table(self, item: Item) -> set[str]:
-        """The routers that have sessions which an item may be for."""
         rows = await self._table.of_account(Jid.parse(item.account))
         return {row.router for row in rows if not item.resource or row.jid.resource == item.resource}
 

@@ -206,7 +206,7 @@ class Forwarder:
             assert sent.waiter is not None
             sent.waiter.expect()
             item.waiter = sent.waiter
-            item.missed = 0
+            item.missed, item.again = 0, True
             item.source = ""  # who sent it here was told that it was taken: it is ours
             flow = self._open(item.flow)
             flow.returned.append(item)
