@@ -24,9 +24,11 @@ MARK_BYTES = 50
 # Marks that are remembered when they are written: of more, the oldest are forgotten. A message may come here behind
 # its mark, when the router that had taken it before has died.
 MAX_REMEMBERED = 50_000
-# How often a mark is written again that found no message, and how many such marks may wait for that; of more, the
-# oldest are forgotten. A session that was handed over confirms what another router has still to write.
-MAX_TRIES = 10
+# How often a mark is written again that found no message: at first after a while, then after twice as long each time,
+# together for more than two minutes. And how many such marks may wait for that; of more, the oldest are forgotten. A
+# session that was handed over, or taken over from a router that hangs, confirms what that one has still to write.
+STEADY_TRIES = 10
+MAX_TRIES = 16
 MAX_EARLY = 50_000
 
 
@@ -82,8 +84,8 @@ class WriteQueue:
 
     @property
     def unmatched(self) -> Collection[bytes]:
-        """Marks that were written and have found no message, while they are tried again."""
-        return self._early.keys()
+        """Marks that were written and have found no message, while they are tried again at a steady pace."""
+        return {id_ for id_, tries in self._early.items() if tries <= STEADY_TRIES}
 
     @property
     def oldest(self) -> float:
@@ -132,15 +134,15 @@ class WriteQueue:
         acknowledged = {known for known in self._by_id if any(one.acknowledged for one in self._same(known))}
         return acknowledged | self._marks.keys() | set(self._marks_under_way) | self._early.keys()
 
-    def early(self, ids: Collection[bytes]) -> list[bytes]:
-        """Marks of the group that is under way that find no message. Which of them are to be tried again later: not
-        those that were written once, and found it."""
-        again = []
+    def early(self, ids: Collection[bytes]) -> dict[int, list[bytes]]:
+        """Marks of the group that is under way that find no message. Which of them are to be tried again later, by
+        the time till then, 1 for the shortest: not those that were written once, and found it."""
+        again: dict[int, list[bytes]] = {}
         for id_ in ids:
             tries = self._early.pop(id_, 0) + 1
             if id_ not in self._remembered and tries <= MAX_TRIES:
                 self._early[id_] = tries
-                again.append(id_)
+                again.setdefault(1 << max(0, tries - STEADY_TRIES), []).append(id_)
         while len(self._early) > MAX_EARLY:
             self._early.popitem(last=False)
         return again

@@ -148,9 +148,8 @@ class MessageWriter:
         if self.away:
             log.info("messages_are_written_again")
         self.away = False
-        early = self.queue.early(missing)
-        if early:
-            asyncio.get_running_loop().call_later(EARLY, self.mark, early)
+        for wait, early in self.queue.early(missing).items():
+            asyncio.get_running_loop().call_later(EARLY * wait, self.mark, early)
         self.queue.written(missing)
         return True
 

@@ -137,7 +137,7 @@ class MessageStore(Protocol):
         It is written soon, never before the message itself, and tried again while the database is away. A message
         that waits to be written, and was not tried yet, is written as not pending; if it is not archived either it is
         not written at all, and its `done(None)` is called at once. What is not known may be on its way from another
-        router: it MUST be marked when it comes within some seconds. Ids that are never known do no harm.
+        router: it MUST be marked when it comes within two minutes. Ids that are never known do no harm.
         """
 
     @property
@@ -158,8 +158,8 @@ class MessageStore(Protocol):
 
     @property
     def unmatched(self) -> Collection[bytes]:
-        """Acknowledged messages, by id, that this router has not found to mark them: they may yet come, and would be
-        offered to whoever does not know that they are acknowledged."""
+        """Acknowledged messages, by id, that this router has not found to mark them, for some seconds: they may yet
+        come, and would be offered to whoever does not know that they are acknowledged."""
 
     @property
     def oldest_waiting(self) -> float:

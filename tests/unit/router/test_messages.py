@@ -336,3 +336,22 @@ def test_whatever_happens_each_is_told_once_and_no_mark_comes_before_its_message
     assert told.queue.oldest == 0.0
     for id_ in acknowledged & rows.keys() - again:
         assert not rows[id_].pending, "its mark was written before it"
+
+
+def test_a_mark_that_finds_no_message_is_tried_again_for_two_minutes() -> None:
+    """A router that hangs for one writes the message when it wakes."""
+    queue, id_ = WriteQueue(), b"i" * 16
+    queue.mark([id_])
+    waits: list[int] = []
+    known: list[bool] = []
+    while queue.marks:
+        queue.take(1, 1, 1)
+        again = queue.early([id_])
+        queue.written([id_])
+        for wait, ids in again.items():
+            waits.append(wait)
+            known.append(id_ in queue.unmatched)
+            assert id_ in queue.marked(), "it is not offered here meanwhile"
+            queue.mark(ids)
+    assert waits == [1] * 10 + [2, 4, 8, 16, 32, 64]
+    assert known == [True] * 10 + [False] * 6
