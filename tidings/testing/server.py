@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from tidings.testing.network import Host
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
+# Ports for tests: below those that Linux gives to connections (net.ipv4.ip_local_port_range, 32768 and more).
+FIRST_PORT = 12_000
+LAST_PORT = 32_000
 
 # The ways of running an installation.
 ONE_PROCESS = "in-process"
@@ -33,10 +38,12 @@ SERVICES = ("registry", "router", "pubsub", "connector")
 
 
 def free_port(address: str) -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody uses now, and that the system gives to no connection in the moment until it is used."""
+    while True:
+        port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((address, port))
+            return port
 
 
 @dataclass
