@@ -202,7 +202,7 @@ class Router:
         )  # fmt: skip
         routing.cut, routing.check = self._api.cut, self._taken_over.check
         self._api.stood_still = self._taken_over.stood_still
-        safety.offers.is_looking, safety.offers.looked = self._taken_over.is_looking, self._taken_over.looked
+        safety.offers.is_looking, safety.offers.looked = self._taken_over.notice, self._taken_over.looked
         hooks.notes[TAKEN] = self._taken_over.noted
         context.server.add(
             add_RouterServiceServicer_to_server,

@@ -11,7 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.router.messages import ArchiveQuery, Kept, Page, Preferences, UnknownId, id_bytes, id_text
 from services.router.messages_statements import peer_hash
-from services.router.schema import archive_preferences, by_host, message_positions, messages, of_several
+from services.router.schema import archive_preferences, message_positions, messages
+from services.router.several_accounts import of_several, rows_of
 from tidings.kit.db import Database, insert_or_update
 from tidings.kit.grouping import Grouping
 from tidings.xmpp.jid import Jid
@@ -151,13 +152,10 @@ class SqlArchive:
         return await self._preferences.do(account.bare)
 
     async def _preferences_of(self, accounts: Sequence[Jid]) -> list[Preferences | None]:
-        found: dict[Jid, Preferences] = {}
-        async with self._database.read(causal=True) as connection:
-            for parameters in by_host(accounts):
-                for row in await connection.execute(_PREFERENCES, parameters):
-                    found[Jid(row.local, row.host, "")] = Preferences(
-                        row.standard, tuple(json.loads(row.always_jids)), tuple(json.loads(row.never_jids))
-                    )
+        found = {
+            account: Preferences(row.standard, tuple(json.loads(row.always_jids)), tuple(json.loads(row.never_jids)))
+            for account, row in await rows_of(self._database, _PREFERENCES, accounts)
+        }
         return [found.get(account) for account in accounts]
 
     async def set_preferences(self, account: Jid, preferences: Preferences) -> None:

@@ -171,10 +171,12 @@ class MessageStore(Protocol):
         """Claims the first pending messages that no other living session holds, `limit` at most, and returns them.
 
         `after`: only those of higher positions. `alone`: only those that the session holds already. `over`: sessions
-        that live no more, though the table of sessions may not say so yet. Of several
-        sessions that come at once, on whichever routers, each message MUST go to one; the same session is given again
-        what it holds. A claim is void when its session is not in the table of sessions any more; nobody needs to give
-        it back. What a session has acknowledged at this router is not among them, also before that is written.
+        that live no more, though the table of sessions may not say so yet.
+
+        Of several sessions that come at once, on whichever routers, each message MUST go to one; the same session is
+        given again what it holds. A claim is void when its session is not in the table of sessions any more; nobody
+        needs to give it back. What a session has acknowledged at this router is not among them, also before that is
+        written.
         """
 
     async def pending_count(self, account: Jid) -> int:

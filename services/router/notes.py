@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -66,16 +66,18 @@ class Notes:
             item.taken = False
             log.exception("note_failed", module=item.payload[0])
 
-    def _send_note(self, module: str, account: str, content: bytes, then: Callable[[], None]) -> list[bytes]:
-        """To the other routers that may have sessions of an account."""
+    def _named(self, account: str) -> list[str]:
+        """The other routers that may have sessions of an account, as the strategy says."""
         plan = self._strategy.locate(account, "")
-        nodes = [node for node in (plan.decides, *plan.nodes) if node]
-        return self._forwarder.ask(nodes, _note(module, account, content), then)
+        return [node for node in (plan.decides, *plan.nodes) if node]
 
     async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
         """Sends a module's note; the answers of those that had one. A router that hangs is not waited for."""
+        return await self._ask(self._named(account), module, account, content)
+
+    async def _ask(self, nodes: Sequence[str], module: str, account: str, content: bytes) -> list[bytes]:
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        answers = self._send_note(module, account, content, lambda: _set(answered, None))
+        answers = self._forwarder.ask(nodes, _note(module, account, content), lambda: _set(answered, None))
         try:
             async with asyncio.timeout(KNOWN_TIMEOUT):
                 await answered
@@ -84,7 +86,7 @@ class Notes:
         return list(answers)
 
     def tell(self, module: str, account: str, content: bytes) -> None:
-        self._send_note(module, account, content, lambda: None)
+        self._forwarder.ask(self._named(account), _note(module, account, content), lambda: None)
 
     async def tell_bound(self, module: str, account: str, content: bytes) -> None:
         """To the other routers at which the table has sessions of an account now, whatever the strategy knows; while
@@ -97,10 +99,7 @@ class Notes:
             self.tell(module, account, content)
             return
         others = {node.incarnation for node in self._forwarder.view.with_router_sessions()} - {self._own}
-        nodes = sorted(others & {row.router for row in rows})
-        dealt_with: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._forwarder.ask(nodes, _note(module, account, content), lambda: _set(dealt_with, None))
-        await asyncio.wait({dealt_with}, timeout=KNOWN_TIMEOUT)
+        await self._ask(sorted(others & {row.router for row in rows}), module, account, content)
 
     async def known(self) -> None:
         """Waits, within bounds, until the other routers have taken the notes of our strategy."""

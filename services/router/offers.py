@@ -48,21 +48,27 @@ class Offers:
             self.spawn(self._offer(account), "messages of sessions that have gone")
 
     async def _offer(self, account: Jid) -> None:
-        owed: list[tuple[str, Callable[[], None]]] = []
         try:
-            while self._owed[account]:
-                owed, self._owed[account] = self._owed[account], []
-                await self.looked()
-                if any(self._is_gone(holder) for holder, _ in owed):
-                    await self.offer(account)
-                while owed:
-                    owed.pop(0)[1]()
+            while owed := self._owed[account]:
+                self._owed[account] = []
+                await self._offer_once(account, owed)
+        finally:
+            _call(self._owed.pop(account))
+
+    async def _offer_once(self, account: Jid, owed: list[tuple[str, Callable[[], None]]]) -> None:
+        try:
+            await self.looked()
+            if any(self._is_gone(holder) for holder, _ in owed):
+                await self.offer(account)
         except Exception:
             log.exception("messages_not_offered")
         finally:
-            # They are written all the same.
-            for _, then in (*owed, *self._owed.pop(account)):
-                then()
+            _call(owed)  # they are written all the same
+
+
+def _call(owed: list[tuple[str, Callable[[], None]]]) -> None:
+    for _, then in owed:
+        then()
 
 
 def _unwatched(_work: Any, _name: str) -> Any:

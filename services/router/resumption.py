@@ -167,13 +167,15 @@ class Resumption:
         while (session := self._sessions.get(id_)) is not None:
             await self._hand_over.settled(session)
             await self.whole(session)
-            if session.account != str(stream.account) or not session.resume_seconds:
+            if session.account != str(stream.account) or not session.resume_seconds or session.closed:
                 return None
             ours = await self._is_ours(session)
             if self._sessions.get(id_) is not session or not self._hand_over.is_settled(session):
                 continue  # it began to go to another router meanwhile
-            if ours or session.closed:
-                return session if not session.closed else None
+            if session.closed:
+                return None
+            if ours:
+                return session
             session.closed = True
             await self.end(session)
         return None

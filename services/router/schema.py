@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import sqlalchemy as sa
 
 from tidings.kit.db import BigInt, Blob, JidPart, JidText, Text
-from tidings.xmpp.jid import Jid
 
 metadata = sa.MetaData()
 
@@ -148,18 +145,3 @@ directed_presence = sa.Table(
     sa.Column("receiver_hash", sa.BINARY(16), primary_key=True),
     sa.Column("receiver", Text(3071), nullable=False),
 )
-
-
-def of_several(table: sa.Table) -> sa.ColumnElement[bool]:
-    """The rows of accounts of one host: a condition with the parameters of `by_host`. Made once: to put it together
-    takes longer than to look one row up."""
-    names = sa.bindparam("locals", expanding=True, type_=table.c.local.type)
-    return sa.and_(table.c.host == sa.bindparam("host", type_=table.c.host.type), table.c.local.in_(names))
-
-
-def by_host(accounts: Iterable[Jid]) -> list[dict[str, object]]:
-    """Parameters for `of_several`, host by host."""
-    names: dict[str, set[str]] = {}
-    for account in accounts:
-        names.setdefault(account.domain, set()).add(account.local)
-    return [{"host": host, "locals": sorted(locals_)} for host, locals_ in names.items()]

@@ -16,12 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.router.schema import (
     account_keys,
     accounts,
-    by_host,
-    of_several,
     roster_items,
     rosters,
     router_values,
 )
+from services.router.several_accounts import of_several, rows_of
 from services.router.store import AccountExists, AccountRow, Roster, RosterItem
 from tidings.kit.db import Database, insert_or_update
 from tidings.kit.grouping import Grouping
@@ -86,11 +85,7 @@ class SqlAccountStore:
         return await self._exist.do(Jid(local, host, ""))
 
     async def _existing(self, wanted: Sequence[Jid]) -> list[bool]:
-        found: set[Jid] = set()
-        async with self._database.read(causal=True) as connection:
-            for parameters in by_host(wanted):
-                rows = await connection.execute(_EXISTING, parameters)
-                found |= {Jid(row.local, row.host, "") for row in rows}
+        found = {account for account, _ in await rows_of(self._database, _EXISTING, wanted)}
         return [account in found for account in wanted]
 
     async def page(self, host: str | None, after: str, limit: int) -> list[AccountRow]:

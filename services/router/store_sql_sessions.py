@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.router.schema import by_host, directed_presence, of_several, sessions
+from services.router.schema import directed_presence, sessions
+from services.router.several_accounts import of_several, rows_of
 from services.router.store import DirectedChange, SessionRow
 from tidings.kit.db import Database
 from tidings.kit.grouping import Grouping
@@ -113,14 +114,14 @@ class SqlSessionTable:
 
     async def _of_accounts(self, accounts: Sequence[Jid]) -> list[list[SessionRow]]:
         found: dict[Jid, list[SessionRow]] = {account.bare: [] for account in accounts}
-        async with self._database.read(causal=True) as connection:
-            for parameters in by_host(accounts):
-                for row in map(_row, await connection.execute(_OF_SEVERAL, parameters)):
-                    found[row.jid.bare].append(row)
+        for account, row in await rows_of(self._database, _OF_SEVERAL, accounts):
+            found[account].append(_row(row))
         return [found[account.bare] for account in accounts]
 
     async def of_router(self, router: str) -> list[SessionRow]:
-        return await self._rows(sessions.c.router == router)
+        async with self._database.read(causal=True) as connection:
+            rows = await connection.execute(sa.select(sessions).where(sessions.c.router == router))
+            return [_row(row) for row in rows]
 
     async def ids_of_router(self, router: str) -> set[str]:
         async with self._database.read(causal=True) as connection:
@@ -131,10 +132,6 @@ class SqlSessionTable:
         counts = sa.select(sessions.c.router, sa.func.count().label("total")).group_by(sessions.c.router)
         async with self._database.read(causal=True) as connection:
             return {row.router: row.total for row in await connection.execute(counts)}
-
-    async def _rows(self, *where: sa.ColumnElement[bool]) -> list[SessionRow]:
-        async with self._database.read(causal=True) as connection:
-            return [_row(row) for row in await connection.execute(sa.select(sessions).where(*where))]
 
 
 async def _delete_one(connection: AsyncConnection, jid: Jid, session: str, epoch: int) -> SessionRow | None:

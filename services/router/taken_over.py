@@ -74,11 +74,10 @@ class TakenOver:
     def stood_still(self) -> Awaitable[object] | None:
         """What is to be waited for before anything is dealt with that has come meanwhile; None when there is nothing.
         It never raises."""
-        return asyncio.wait({self._looking}) if self.is_looking() and self._looking else None
+        return self.looked() if self.notice() else None
 
-    def is_looking(self) -> bool:
-        """Whether it is being asked what is left behind a standstill. It may end with this very call: whatever came
-        first is dealt with first."""
+    def notice(self) -> bool:
+        """Notices a standstill that has just ended. Whether it is being asked what is left behind one."""
         now = time.monotonic()
         still, self._beat = now - self._beat, now
         if still > STILL and self._looking is None:
@@ -101,7 +100,7 @@ class TakenOver:
         self._beat = time.monotonic()
         while True:
             await asyncio.sleep(BEAT)
-            self.is_looking()
+            self.notice()
 
     # --- something is cut off ---
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from services.router import module_loader
@@ -232,6 +233,15 @@ class MemoryRouter:
         session.presence = b"<presence/>" if available else None
         return session
 
+    def takes_over(self, session: Session) -> Session:
+        """Has another router's session from now on, but for its row."""
+        link: Any = self.link
+        taken = Session(session.jid, "en", link, len(self.sessions) + 1, self.tasks.spawn)
+        taken.id, taken.presence = session.id, session.presence
+        self.sessions.add(taken)
+        self.routing.strategy.session_opened(taken.account, taken.jid.resource)
+        return taken
+
     async def end(self, session: Session) -> None:
         """As the end of its stream would, but for the database."""
         self.sessions.remove(session)
@@ -249,6 +259,21 @@ class MemoryRouter:
 
     async def stop(self) -> None:
         await self.tasks.stop()
+
+
+@asynccontextmanager
+async def together(
+    names: str, stores: Stores, strategy: Factory = Home, modules: Sequence[ModuleSpec] = ()
+) -> AsyncIterator[list[MemoryRouter]]:
+    """Routers, one for each letter, that see each other."""
+    routers: dict[str, MemoryRouter] = {}
+    for name in names:
+        MemoryRouter(name, routers, stores, strategy, modules)
+    for router in routers.values():
+        router.see(view(1, **dict.fromkeys(names, NodeState.UP)))
+    yield list(routers.values())
+    for router in routers.values():
+        await router.stop()
 
 
 async def _no_newer_view(_timeout: float) -> bool:

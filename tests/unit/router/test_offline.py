@@ -15,7 +15,7 @@ from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
 from services.router.store import Roster
-from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, presence, until, view
+from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, presence, together, until, view
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
 from tidings.kit.db import DatabaseAway
@@ -398,22 +398,16 @@ async def test_a_session_gets_what_was_being_stored_when_it_came_wherever_it_is(
     home's strategy knows nothing of it; the table does."""
     stores.messages = store = SlowStore(stores.table)
     await stores.accounts.create(JULIET.domain, JULIET.local, {})
-    routers: dict[str, MemoryRouter] = {}
-    for name in ("a", "b"):
-        MemoryRouter(name, routers, stores, modules=MODULES)
-    for router in routers.values():
-        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
-    home = routers[routers["a"].routing.strategy.keeper(str(JULIET)) or "b"]
-    other = next(router for router in routers.values() if router is not home)
-    romeo = await home.session("romeo")
-    store.slow = True
-    await home.send(romeo, message("1", str(JULIET)))
-    await until(lambda: store.is_writing_for(JULIET))
-    juliet = await other.session("juliet")
-    store.commit()
-    await until(lambda: texts(other, juliet) == ["1"])
-    for router in routers.values():
-        await router.stop()
+    async with together("ab", stores, modules=MODULES) as routers:
+        keeper = routers[0].routing.strategy.keeper(str(JULIET))
+        home, other = sorted(routers, key=lambda router: router.own != keeper)
+        romeo = await home.session("romeo")
+        store.slow = True
+        await home.send(romeo, message("1", str(JULIET)))
+        await until(lambda: store.is_writing_for(JULIET))
+        juliet = await other.session("juliet")
+        store.commit()
+        await until(lambda: texts(other, juliet) == ["1"])
 
 
 async def test_a_session_gets_what_one_of_its_account_was_given_whose_stream_has_closed(router: MemoryRouter) -> None:
@@ -432,29 +426,19 @@ async def test_a_message_is_safe_when_those_have_it_who_have_taken_the_session_o
 ) -> None:
     """A router stood still with it in its hands: what its sender sends next may reach them another way."""
     stores.messages = store = SlowStore(stores.table)
-    routers: dict[str, MemoryRouter] = {}
-    for name in ("a", "b"):
-        MemoryRouter(name, routers, stores, modules=MODULES)
-    for router in routers.values():
-        router.see(view(1, a=NodeState.UP, b=NodeState.UP))
-    before, after = routers["a"], routers["b"]
-    romeo, juliet = await before.session("romeo"), await before.session("juliet")
-    romeo.inbound.enable()
-    store.slow = True
-    message_sent = asyncio.create_task(before.send(romeo, message("1", juliet.jid_text)))
-    await until(lambda: texts(before, juliet) == ["1"])
-    (row,) = await stores.table.of_account(JULIET)
-    assert await stores.table.move(row, "b")
-    before.sessions.remove(juliet)
-    link: Any = after.link
-    taken = Session(juliet.jid, "en", link, 1, after.tasks.spawn)
-    taken.id, taken.presence = juliet.id, b"<presence/>"
-    after.sessions.add(taken)
-    told: list[tuple[int, list[str]]] = []
-    before.safety.on_safe = lambda _session: told.append((romeo.inbound.h, texts(after, taken)))
-    store.commit()
-    await message_sent
-    await until(lambda: told)
-    assert told == [(1, ["1"])]
-    for router in routers.values():
-        await router.stop()
+    async with together("ab", stores, modules=MODULES) as (before, after):
+        romeo, juliet = await before.session("romeo"), await before.session("juliet")
+        romeo.inbound.enable()
+        store.slow = True
+        message_sent = asyncio.create_task(before.send(romeo, message("1", juliet.jid_text)))
+        await until(lambda: texts(before, juliet) == ["1"])
+        (row,) = await stores.table.of_account(JULIET)
+        assert await stores.table.move(row, "b")
+        before.sessions.remove(juliet)
+        taken = after.takes_over(juliet)
+        told: list[tuple[int, list[str]]] = []
+        before.safety.on_safe = lambda _session: told.append((romeo.inbound.h, texts(after, taken)))
+        store.commit()
+        await message_sent
+        await until(lambda: told)
+        assert told == [(1, ["1"])]

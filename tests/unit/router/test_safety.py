@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
 from services.router.store import SessionRow
-from tests.unit.router.memory_router import HOST, Link, MemoryRouter, Stores, message, until, view
+from tests.unit.router.memory_router import HOST, Link, MemoryRouter, Stores, message, together, until, view
 from tidings.cluster.node import NodeState
 from tidings.cluster.strategies.home import Home
 from tidings.cluster.strategies.online_users import OnlineUsers
@@ -113,42 +112,32 @@ async def test_what_comes_behind_it_does_not_overtake_what_is_sent_another_way(t
 @pytest.mark.parametrize("away", [False, True], ids=["", "database away"])
 async def test_what_comes_back_from_a_dead_router_reaches_who_has_taken_over_its_sessions_first(away: bool) -> None:
     """Also when another session of the account has it: what comes behind it would be there first."""
-    stores, routers = Stores(), dict[str, MemoryRouter]()
-    for name in ("a", "b", "c", "d"):
-        MemoryRouter(name, routers, stores, OnlineUsers, MODULES)
-    for router in routers.values():
-        router.see(view(1, **dict.fromkeys(routers, NodeState.UP)))
-    a, b, c, d = routers.values()
-    await stores.accounts.create(JULIET.domain, JULIET.local, {})
-    romeo = await a.session("romeo")
-    desk, phone = await b.session("juliet", "desk"), await c.session("juliet", "phone")
-    await until(lambda: not any(len(router.forwarder) for router in routers.values()))
-    stores.messages.away = True  # type: ignore[attr-defined]
-    await a.send(romeo, message("1", str(JULIET)))
-    await until(lambda: c.link.bodies(phone) == b.link.bodies(desk) == ["1"])
-    for router in (a, c, d):
-        router.see(view(2, **dict.fromkeys("acd", NodeState.UP)))
-    if away:
+    stores = Stores()
+    async with together("abcd", stores, OnlineUsers, MODULES) as (a, b, c, d):
+        await stores.accounts.create(JULIET.domain, JULIET.local, {})
+        romeo = await a.session("romeo")
+        desk, phone = await b.session("juliet", "desk"), await c.session("juliet", "phone")
+        await until(lambda: not any(len(router.forwarder) for router in (a, b, c, d)))
+        stores.messages.away = True  # type: ignore[attr-defined]
+        await a.send(romeo, message("1", str(JULIET)))
+        await until(lambda: c.link.bodies(phone) == b.link.bodies(desk) == ["1"])
+        for router in (a, c, d):
+            router.see(view(2, **dict.fromkeys("acd", NodeState.UP)))
+        if away:
 
-        async def nobody(_account: Jid) -> list[SessionRow]:
-            raise DatabaseAway("for this test")
+            async def nobody(_account: Jid) -> list[SessionRow]:
+                raise DatabaseAway("for this test")
 
-        stores.table.of_account = nobody  # type: ignore[method-assign]
-    a.links.dies("b")
-    await a.send(romeo, message("2", str(JULIET)))
-    if not away:
-        assert c.link.bodies(phone) == ["1"], "it is asked who has the desk's session"
-        (row,) = (row for row in await stores.table.of_account(JULIET) if row.router == "b")
-        assert await stores.table.move(row, "d")
-        link: Any = d.link
-        taken = Session(desk.jid, "en", link, 9, d.tasks.spawn)
-        taken.id, taken.presence = desk.id, b"<presence/>"
-        d.sessions.add(taken)
-        d.routing.strategy.session_opened(taken.account, "desk")
-        await until(lambda: d.link.bodies(taken) == ["1", "2"])
-    await until(lambda: c.link.bodies(phone) == ["1", "2"])
-    for router in routers.values():
-        await router.stop()
+            stores.table.of_account = nobody  # type: ignore[method-assign]
+        a.links.dies("b")
+        await a.send(romeo, message("2", str(JULIET)))
+        if not away:
+            assert c.link.bodies(phone) == ["1"], "it is asked who has the desk's session"
+            (row,) = (row for row in await stores.table.of_account(JULIET) if row.router == "b")
+            assert await stores.table.move(row, "d")
+            taken = d.takes_over(desk)
+            await until(lambda: d.link.bodies(taken) == ["1", "2"])
+        await until(lambda: c.link.bodies(phone) == ["1", "2"])
 
 
 # --- where a copy at another process makes it safe ---

@@ -164,7 +164,7 @@ async def test_a_database_that_is_away_holds_nothing_up_for_long(
 async def test_what_is_committed_at_the_moment_of_waking_is_safe_when_that_is_known(bench: Bench) -> None:
     """The answer of the database may be the first thing that is dealt with: the session it was for may have gone."""
     router, offers = bench.router, bench.router.safety.offers
-    offers.is_looking, offers.looked = bench.taken_over.is_looking, bench.taken_over.looked
+    offers.is_looking, offers.looked = bench.taken_over.notice, bench.taken_over.looked
     offered: list[Jid] = []
 
     async def offer(account: Jid) -> None:
