@@ -273,7 +273,7 @@ class ClientStream:
         if self.sent_on is not None:
             self.sent_on.answered()
         if which == "moved":
-            self._relocate().moved(command.moved)
+            self.relocate().moved(command.moved)
             return
         if which == "attached":
             self._attached(command.attached)
@@ -308,7 +308,7 @@ class ClientStream:
             self._held_by_router = not command.set_reading.reading
             self._go_on_reading()
         elif which == "prepare_move":
-            self._relocate()
+            self.relocate()
             if (to_router := self._to_router()) is not None:
                 to_router.move_ready.attempt = command.prepare_move.attempt
             return
@@ -344,7 +344,7 @@ class ClientStream:
         elif self.copy is not None:
             self.copy.begin(attached.record, attached.ticket)
 
-    def _relocate(self) -> Relocation:
+    def relocate(self) -> Relocation:
         if self.relocation is None:
             self.relocation = Relocation(self)
             self.set_reading()
@@ -354,7 +354,7 @@ class ClientStream:
         """The session's router does not answer: this one takes it over."""
         if self.copy is not None and self.copy.is_whole and not self.ended and self.relocation is None:
             self._held_by_router = False
-            self._relocate().surrender(link)
+            self.relocate().surrender(link)
 
     def deliver(self, raw: bytes) -> None:
         """Writes an element to the client."""
@@ -419,7 +419,7 @@ class ClientStream:
         left = self.relocation.left if self.relocation is not None else None
         if gone and self.copy is not None and self.copy.is_whole and (not self.ended or left is not None):
             self._held_by_router = False
-            self._relocate().lost(router)
+            self.relocate().lost(router)
             return
         self.relocation = None
         if gone and self.sent_on is not None and not self.ended:

@@ -7,6 +7,7 @@ What the client sends meanwhile waits, and so does the end of the stream: it is 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from services.connector.session_copy import SessionCopy
@@ -56,6 +57,9 @@ class Relocation:
 
     async def _move(self, moved: Moved) -> None:
         stream = self._stream
+        if not stream.session:
+            await self._send_on(moved)
+            return
         stream.link = link = await stream.streams.link_to(moved.router_incarnation)
         if self.reattaching:
             if link is None:
@@ -65,14 +69,37 @@ class Relocation:
             return
         if link is None:
             stream.close("system-shutdown", UNREACHED)
-        elif stream.session:
+        else:
             attach = link.event(stream.number).attach
             attach.ticket, attach.left = moved.ticket, self.left is not None
             # All that was sent is passed; the copy begins anew with what the router says.
             stream.copy = None if link.local else SessionCopy(link.node.incarnation)
-        elif not stream.ended:
+        self._go_on()
+
+    # --- before there is a session ---
+
+    async def _send_on(self, moved: Moved) -> None:
+        stream = self._stream
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                stream.link = await stream.streams.link_to(moved.router_incarnation)
+        if stream.link is None:
+            # Any other will do as well.
+            await self.open_elsewhere(moved.router_incarnation, moved.ticket)
+            return
+        if not stream.ended:
             stream.tell_opened(moved.ticket)
             stream.sent_on = SentOn(stream, moved.ticket)
+        self._go_on()
+
+    async def open_elsewhere(self, router: str, ticket: bytes) -> None:
+        """A stream that is authenticated goes to any router but that one."""
+        stream = self._stream
+        stream.link = await stream.streams.other_link(router)
+        if stream.link is None:
+            stream.close("system-shutdown", NOBODY)
+        elif not stream.ended:
+            stream.tell_opened(ticket)
         self._go_on()
 
     # --- the router is gone ---
@@ -173,14 +200,5 @@ class SentOn:
     def lost(self, router: str) -> None:
         self.answered()
         stream = self._stream
-        stream.streams.spawn(self._open_elsewhere(router), f"stream {stream.number} goes to another router")
-
-    async def _open_elsewhere(self, router: str) -> None:
-        stream = self._stream
-        stream.link = await stream.streams.other_link(router)
-        if stream.ended:
-            return
-        if stream.link is None:
-            stream.close("system-shutdown", NOBODY)
-        else:
-            stream.tell_opened(self._ticket)
+        what = stream.relocate().open_elsewhere(router, self._ticket)
+        stream.streams.spawn(what, f"stream {stream.number} goes to another router")

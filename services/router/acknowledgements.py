@@ -115,8 +115,8 @@ class Acknowledgements:
         session.outbound.enable()
         if session.holder is not None:
             session.changed()
-        else:
-            self.cover(session)
+        # At once: the node behind a client may die a moment after it has come.
+        self.cover(session)
 
     # --- what the client is told ---
 

@@ -54,8 +54,7 @@ async def links_are_up(installation: Installation) -> None:
                 await asyncio.sleep(0.05)
 
 
-# When the node dies a moment after its client came, the session is not always found at the other one: cause not known yet.
-@pytest.mark.parametrize("dies", ["connector", "router", pytest.param("node", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("dies", ["connector", "router", "node"])
 async def test_slixmpp_goes_on_when_what_is_behind_it_is_killed(
     cluster_of: Callable[..., Cluster], dies: str
 ) -> None:

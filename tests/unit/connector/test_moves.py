@@ -6,6 +6,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
+from services.connector import relocation
 from services.connector.client_stream import ClientStream
 from services.connector.limits import Addresses, ClientLimits
 from services.connector.router_link import RouterLink
@@ -52,10 +55,16 @@ class Connection:
 class Bound:
     """A stream with a session at one router, and another router that it may go to."""
 
-    def __init__(self) -> None:
+    def __init__(self, bound: bool = True) -> None:
+        """`bound`: whether there is a session yet; else the stream is authenticated only."""
         self.tasks = Tasks()
         self.streams = Streams(
-            lambda _stream: self.old, self._link_to, self._link_to, lambda _name: None, Addresses(0), self.tasks.spawn
+            lambda _stream: self.old,
+            self._link_to,
+            self._other_link,
+            lambda _name: None,
+            Addresses(0),
+            self.tasks.spawn,
         )
         self.old, self.new = (
             RouterLink(self.streams, Node(name, name, "127.0.0.1", 1), True) for name in ("old", "new")
@@ -72,13 +81,17 @@ class Bound:
             b" xmlns:stream='http://etherx.jabber.org/streams'>"
         )
         core.authenticated_, core.state = True, State.BINDING
-        self.command(session_bound=SessionBound(session="s", jid="juliet@example.org/r", reply=b"<bound/>"))
+        if bound:
+            self.command(session_bound=SessionBound(session="s", jid="juliet@example.org/r", reply=b"<bound/>"))
         self.told(self.old)
 
     async def _link_to(self, router: str) -> RouterLink | None:
         assert router == "new"
         await self.reached.wait()
         return self.new if self.there else None
+
+    async def _other_link(self, router: str) -> RouterLink:
+        return self.new if router == "old" else self.old
 
     def command(self, **what: Any) -> None:
         self.stream.command(StreamCommand(stream=1, **what))
@@ -185,6 +198,33 @@ async def test_a_stream_ends_when_the_new_router_is_out_of_reach() -> None:
     await bound.settled()
     assert b"<system-shutdown" in bound.connection.written
     assert len(bound.streams) == 0
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_a_stream_without_a_session_goes_to_any_other_router_when_the_one_named_is_out_of_reach(
+    silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relocation, "ANSWER_TIMEOUT", 0.01)
+    authenticated = Bound(bound=False)
+    authenticated.there = False
+    if silent:
+        authenticated.reached.clear()
+    authenticated.command(moved=NEW)
+    await authenticated.settled()
+    assert (authenticated.told(authenticated.old), authenticated.told(authenticated.new)) == (["opened"], [])
+    assert authenticated.connection.reading
+    assert not authenticated.connection.closed
+
+
+async def test_a_stream_without_a_session_goes_to_any_other_router_when_the_one_named_is_gone() -> None:
+    authenticated = Bound(bound=False)
+    authenticated.command(moved=NEW)
+    await authenticated.settled()
+    assert authenticated.told(authenticated.new) == ["opened"]
+    authenticated.stream.router_lost(True)
+    await authenticated.settled()
+    assert authenticated.told(authenticated.old) == ["opened"]
+    assert authenticated.connection.reading
 
 
 async def test_a_stream_ends_when_its_router_is_lost_in_the_midst_of_a_move() -> None:

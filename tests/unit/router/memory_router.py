@@ -59,6 +59,9 @@ class Link:
     def write(self, session: Session, raw: bytes) -> None:
         self.nonzas.append((session.jid_text, raw))
 
+    def progress(self, session: Session) -> None:
+        """Its copy is to follow: there is none here."""
+
     def close(self, stream: int, condition: str, text: str = "", application: bytes = b"") -> None:
         self.closed.append((stream, condition))
 

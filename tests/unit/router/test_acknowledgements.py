@@ -169,6 +169,21 @@ async def test_the_id_is_given_to_those_who_want_to_resume_and_max_is_the_lower_
     assert juliet.id.encode() in second
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+async def test_a_session_that_can_be_resumed_gets_a_second_holder_at_once(
+    router: MemoryRouter, is_held: bool
+) -> None:
+    """The node behind a client may die a moment after it has come. The connector of its stream is one holder; that it
+    is must not keep the other from being looked for."""
+    romeo = await router.session("romeo")
+    if is_held:
+        romeo.holder = romeo.link
+    covered: list[Session] = []
+    router.acknowledgements.cover = covered.append
+    nonza(router, romeo, ENABLE, resume="true")
+    assert covered == [romeo]
+
+
 async def test_who_never_acknowledges_is_cut_off_and_its_messages_wait(
     router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
