@@ -412,6 +412,28 @@ async def test_preferences_of_many_accounts_that_are_asked_for_at_once_are_each_
     assert found == [some.get(account) for account in asked]
 
 
+async def test_accounts_that_are_written_together_each_go_on_behind_their_own_last_message(stores: Stores) -> None:
+    """Were one given the positions of another, its messages would meet those that are there, and be lost."""
+    accounts = [Jid(f"{name}{n}", host, "") for host in ("b.example", "a.example") for n in range(9) for name in "xa"]
+    told = Told()
+    wanted: dict[Jid, list[int]] = {account: [] for account in accounts}
+    for turn in range(3):
+        written = []
+        for place, account in enumerate(accounts):
+            # No two have as many, and those who have more are others each time.
+            some = range(100 * turn, 100 * turn + 1 + (place * (turn + 5)) % 19)
+            wanted[account] += some
+            written += [message(account, number) for number in some]
+        told.write(stores.store, *written[::2], *written[1::2])
+        await told.of(sum(map(len, wanted.values())))
+    assert told.errors == {}
+    for account in accounts:
+        kept = await stores.store.pending(account, "s", 1000)
+        assert sorted(one.number for one in kept) == wanted[account]
+        positions = [one.position for one in kept]
+        assert positions == sorted(set(positions))
+
+
 async def test_nothing_is_left_of_a_removed_account_and_positions_go_on(stores: Stores) -> None:
     told = Told()
     for n in range(3):

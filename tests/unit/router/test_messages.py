@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.router.message_queue import WriteQueue
-from services.router.messages import Message, id_bytes, id_text, message_id, wanted
+from services.router.messages import TOGETHER, Message, id_bytes, id_text, message_id, wanted
 from tidings.xmpp.jid import Jid
 
 KEY = bytes(range(32))
@@ -48,6 +48,15 @@ def test_ids_of_different_messages_differ(one: tuple[str, str, int], other: tupl
         assert (message_id(KEY, *one) == message_id(KEY, *other)) == (one == other)
     except UnicodeEncodeError:
         pass  # no text that XML has
+
+
+def test_ids_of_a_session_s_messages_begin_alike_for_a_while_so_that_they_are_near_each_other_in_the_index() -> None:
+    ids = [message_id(KEY, "romeo@example.org", "session", number) for number in range(2 * TOGETHER)]
+    assert len({id_[:4] for id_ in ids[:TOGETHER]}) == 1
+    assert len({id_[:4] for id_ in ids}) == 2
+    assert len({id_[4:] for id_ in ids}) == len(ids)
+    assert message_id(KEY, "juliet@example.org", "session", 0)[:4] != ids[0][:4]
+    assert message_id(KEY, "romeo@example.org", "other", 0)[:4] != ids[0][:4]
 
 
 def test_messages_without_origin_have_ids_of_their_own() -> None:
