@@ -148,8 +148,8 @@ class Router:
             options["session-copies"] != 1,
         )  # fmt: skip
         self._negotiator = negotiator = Negotiator(
-            routing, sessions, hooks, authentication, self._accounts, self._binding, self._hand_over, self._adoption,
-            self._tickets, safety, self._acknowledgements, resumption,
+            own, routing, sessions, hooks, authentication, self._accounts, self._binding, self._hand_over,
+            self._adoption, self._tickets, safety, self._acknowledgements, resumption,
             copies, peers.answered, tasks.spawn,
         )  # fmt: skip
         negotiator.written = lambda: written(self._messages, WRITTEN_TIMEOUT)
@@ -333,6 +333,7 @@ class Router:
         loop = asyncio.get_running_loop()
         ends = loop.time() + UNBOUND_TIMEOUT
         await self._hand_over.drain(lambda: len(self._adoption) > 0 or (self._has_streams() and loop.time() < ends))
+        self._negotiator.drained = True
         ends = loop.time() + UNDER_WAY_TIMEOUT
         while self.is_busy() and loop.time() < ends:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(LOOK)

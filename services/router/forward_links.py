@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from services.router.message_queue import MESSAGE_BYTES
-from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.api.router.v1.router_pb2 import ForwardHello, ForwardRequest, ForwardResponse
+from services.router.forward_incoming import IncomingLink
+from services.router.forward_outgoing import SLOW, OutgoingLink
+from tidings.api.router.v1.router_pb2 import ForwardHello, ForwardRequest
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
 from tidings.cluster.flows import Doubt
-from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
+from tidings.cluster.forwarding import Forwarder, Item, Sent
 from tidings.cluster.node import Node
 from tidings.cluster.strategy import Plan
 from tidings.cluster.view import ClusterView
-from tidings.kit.link import INTERVAL, PATIENT, Outbox, Overflow, why_ended
+from tidings.kit.link import Overflow, why_ended
 from tidings.kit.logging import get_logger
-from tidings.kit.module import MESSAGE
 from tidings.kit.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -40,285 +37,10 @@ log = get_logger("cluster")
 WELCOME_TIMEOUT = 5.0
 RETRY = 0.2
 
-# Seconds after which messages that are safe are told of though others of their batch are not.
-EARLY = 0.05
-
-# Seconds after which what another router has taken should be safe, and between two looks at what is not; and how much
-# of that is looked at: while the database is away it is all of it, and no flow goes another way than before.
-SLOW = 0.15
+# Seconds between two looks at what other routers have taken that is not safe; and how much of that is looked at:
+# while the database is away it is all of it, and no flow goes another way than before.
 LOOK = 0.05
 MOST_SLOW = 5000
-
-NOTES = (Mode.NOTE, Mode.STRATEGY)
-
-
-class OutgoingLink:
-    """What this router sends to another one."""
-
-    def __init__(self, node: Node, forwarder: Forwarder) -> None:
-        self.node = node
-        self._forwarder = forwarder
-        self.outbox: Outbox[ForwardRequest] = Outbox(ForwardRequest, INTERVAL, resumable=True, most=PATIENT)
-        self.outbox.on_batch = self._numbered
-        self.outbox.on_relief = self._relieved
-        # The other router has answered a call; and it has answered the last one, and that has not ended.
-        self.welcomed = False
-        self.up = False
-        # Notes of the strategy that found no room: they must not be lost.
-        self._postponed: deque[tuple[Item, Sent]] = deque()
-        # What is in no numbered batch yet; then by batch; and what is being dealt with for longer.
-        self._unnumbered: deque[Sent] = deque()
-        self._batches: dict[int, list[Sent | None]] = {}
-        self._sent_at: dict[int, float] = {}
-        self._later: dict[tuple[int, int], Sent] = {}
-        # By batch and place in it, what was taken and is not known to be safe; and the bytes of all that somebody
-        # waits for.
-        self._unsafe: dict[int, dict[int, Sent]] = {}
-        self._taken_at: dict[int, float] = {}
-        self.unsafe_bytes = 0
-        # Keeps it up.
-        self.task: asyncio.Task[Any] | None = None
-
-    def send(self, item: Item, sent: Sent, refusals_seen: int) -> None:
-        """Raises Overflow when the other router has not taken anything for long."""
-        if item.mode is Mode.STRATEGY and (self._postponed or self.outbox.congested):
-            self._postponed.append((item, sent))
-            return
-        if item.mode in NOTES:
-            self._note(item, sent)
-            return
-        source: Envelope = item.payload
-        envelopes = self.outbox.begin(len(source.stanza) + 128)
-        envelopes.append(source)
-        envelope = envelopes[-1]
-        envelope.forwarding = int(item.mode)
-        envelope.refusals_seen = refusals_seen
-        envelope.view_version = self._forwarder.view.version
-        envelope.hops = source.hops + 1
-        if sent.group is not None:
-            envelope.prompt = not sent.group.certain
-        if not envelope.to_jid or (sent.group is not None and not item.resource):
-            # Sent without `to`, which means the account (RFC 6120 10.3); or to a full JID that is gone, and treated
-            # as if to the account (RFC 6121 8.5.3.2.1).
-            envelope.to_jid = f"{item.account}/{item.resource}" if item.resource else item.account
-        if sent.waiter is not None:
-            sent.waiter.expect()
-            sent.size = len(source.stanza) + MESSAGE_BYTES
-            self.unsafe_bytes += sent.size
-        self._unnumbered.append(sent)
-
-    def _note(self, item: Item, sent: Sent) -> None:
-        name, content = item.payload
-        self.outbox.begin(len(content)).add(
-            forwarding=int(item.mode), to_jid=item.account, children=(name,), stanza=content, prompt=True
-        )
-        self._unnumbered.append(sent)
-
-    def _relieved(self) -> None:
-        while self._postponed and not self.outbox.congested:
-            self._note(*self._postponed.popleft())
-        self._forwarder.relieved()
-
-    def _numbered(self, batch: ForwardRequest) -> None:
-        self._batches[batch.sequence] = [self._unnumbered.popleft() for _ in batch.envelopes]
-        self._sent_at[batch.sequence] = time.monotonic()
-
-    def receive(self, response: ForwardResponse) -> None:
-        """Takes the answers. Raises Gap."""
-        self.outbox.confirmed(response.received_through)
-        if response.sequence and not self.outbox.take(response.sequence):
-            return
-        for answer in response.answers:
-            if answer.safe:
-                continue
-            key = (answer.sequence, answer.index)
-            batch = self._batches.get(answer.sequence)
-            sent = self._later.pop(key, None)
-            if sent is None and batch is not None:
-                sent, batch[answer.index] = batch[answer.index], None
-            if sent is None:
-                continue
-            if answer.later:
-                self._later[key] = sent
-            elif answer.refused:
-                log.debug("refused", by=self.node.hostname, to=sent.item.account, view=answer.view_version)
-                self._forwarder.refused(sent, answer.view_version)
-                self._settle(sent)
-            else:
-                self._taken(key, sent, answer.content)
-        for sequence in [number for number in self._batches if number <= response.safe_through]:
-            del self._sent_at[sequence]
-            for index, taken in enumerate(self._batches.pop(sequence)):
-                if taken is not None:
-                    self._taken((sequence, index), taken, b"")
-        for answer in response.answers:
-            if answer.safe and (sent := self._unsafe.get(answer.sequence, {}).pop(answer.index, None)) is not None:
-                self._settle(sent)
-        for sequence in response.safe:
-            self._taken_at.pop(sequence, None)
-            for sent in self._unsafe.pop(sequence, {}).values():
-                self._settle(sent)
-        if response.answers:
-            self.outbox.confirm_soon()
-
-    def _taken(self, place: tuple[int, int], sent: Sent, content: bytes) -> None:
-        if sent.waiter is not None:
-            batch = self._unsafe.get(place[0])
-            if batch is None:
-                batch = self._unsafe[place[0]] = {}
-                self._taken_at[place[0]] = time.monotonic()
-            batch[place[1]] = sent
-        self._forwarder.taken(sent, content)
-
-    def is_silent(self, moment: float) -> bool:
-        """Whether what was sent before a moment of the monotonic clock is not answered."""
-        return next(iter(self._sent_at.values()), moment) < moment
-
-    def unsafe_since(self, moment: float) -> Iterator[tuple[str, ...]]:
-        """The flows of what was taken before a moment of the monotonic clock and is not known to be safe."""
-        for sequence, taken_at in self._taken_at.items():
-            if taken_at > moment:
-                return
-            for sent in self._unsafe[sequence].values():
-                yield sent.item.flow
-
-    def _settle(self, sent: Sent) -> None:
-        if sent.waiter is not None:
-            self.unsafe_bytes -= sent.size
-            sent.waiter.settle()
-
-    def lost(self) -> None:
-        """The other router is no more: everything unanswered comes back, and what it has not said to be safe."""
-        self.outbox.on_batch = None
-        if self.task is not None:
-            self.task.cancel()
-        unanswered = [sent for batch in self._batches.values() for sent in batch if sent is not None]
-        unanswered += [*self._later.values(), *self._unnumbered, *(sent for _, sent in self._postponed)]
-        self._batches.clear()
-        self._sent_at.clear()
-        self._later.clear()
-        self._unnumbered.clear()
-        self._postponed.clear()
-        unsafe = [sent for batch in self._unsafe.values() for sent in batch.values()]
-        self._unsafe.clear()
-        self._taken_at.clear()
-        self._forwarder.again(unsafe)
-        for sent in unsafe:
-            self._settle(sent)
-        for sent in unanswered:
-            self._forwarder.lost(sent)
-            self._settle(sent)
-
-
-class _Batch:
-    """A batch of another router with messages that somebody there waits for."""
-
-    __slots__ = ("_early", "_left", "_link", "_sequence")
-
-    def __init__(self, link: IncomingLink, sequence: int) -> None:
-        self._link = link
-        self._sequence = sequence
-        # Messages that are not safe; and the batch itself, while it is being taken.
-        self._left = 1
-        # Those that are safe before others.
-        self._early: list[int] = []
-
-    def message(self, index: int) -> _Message:
-        self._left += 1
-        return _Message(self, index)
-
-    def settle(self, index: int = -1) -> None:
-        self._left -= 1
-        if not self._left:
-            self._link.outbox.begin_item().safe.append(self._sequence)
-        elif index >= 0:
-            if not self._early:
-                # Mostly all of them are written together.
-                asyncio.get_running_loop().call_later(EARLY, self._tell)
-            self._early.append(index)
-
-    def _tell(self) -> None:
-        early, self._early = self._early, []
-        if self._left:
-            batch = self._link.outbox.begin_item()
-            for index in early:
-                batch.answers.add(sequence=self._sequence, index=index, safe=True)
-
-
-class _Message:
-    """One of its messages: a waiter (`tidings.cluster.flows.Waiter`)."""
-
-    __slots__ = ("_batch", "_index", "_left")
-
-    def __init__(self, batch: _Batch, index: int) -> None:
-        self._batch = batch
-        self._index = index
-        # It is being dealt with.
-        self._left = 1
-
-    def expect(self) -> None:
-        self._left += 1
-
-    def settle(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self._batch.settle(self._index)
-
-
-class IncomingLink:
-    """What another router sends to this one."""
-
-    def __init__(self, incarnation: str, forwarder: Forwarder) -> None:
-        self.incarnation = incarnation
-        self._forwarder = forwarder
-        self.outbox: Outbox[ForwardResponse] = Outbox(ForwardResponse, INTERVAL, resumable=True, bounded=False)
-        # The call that serves it now.
-        self.handling: asyncio.Task[Any] | None = None
-
-    def receive(self, request: ForwardRequest) -> None:
-        """Takes a batch; what can be dealt with at once is, the rest is answered later. Raises Gap."""
-        outbox = self.outbox
-        outbox.confirmed(request.received_through)
-        sequence = request.sequence
-        if not sequence:
-            return
-        if outbox.take(sequence):
-            batch = _Batch(self, sequence)
-            for index, envelope in enumerate(request.envelopes):
-                try:
-                    self._take(sequence, index, envelope, batch)
-                except Exception:
-                    # It must not take those behind it along: of a batch that was taken none may be forgotten.
-                    log.exception("forwarded_item_failed", router=self.incarnation, forwarding=envelope.forwarding)
-                    outbox.begin_item().answers.add(sequence=sequence, index=index, refused=True)
-            outbox.safe = sequence
-            batch.settle()
-        outbox.confirm_soon()
-
-    def _take(self, sequence: int, index: int, envelope: Envelope, batch: _Batch) -> None:
-        account, _, resource = envelope.to_jid.partition("/")
-        mode = Mode(envelope.forwarding)
-        item = Item(
-            (envelope.from_jid.partition("/")[0], account), account, resource,
-            (envelope.children[0], envelope.stanza) if mode in NOTES else envelope,
-            mode, source=self.incarnation, answer=partial(self._answered, sequence, index, envelope.prompt),
-        )  # fmt: skip
-        if envelope.kind == MESSAGE and envelope.number and mode not in NOTES:
-            item.waiter = batch.message(index)
-        self._forwarder.incoming(item, envelope.view_version, envelope.refusals_seen)
-        if item.answer is not None:
-            self.outbox.begin_item().answers.add(sequence=sequence, index=index, later=True)
-            item.answer = partial(self._answered, sequence, index, True)
-
-    def _answered(self, sequence: int, index: int, prompt: bool, item: Item) -> None:
-        if item.taken and not prompt and not item.content:
-            return
-        answer = self.outbox.begin_item().answers.add(sequence=sequence, index=index)
-        answer.content = item.content
-        if not item.taken:
-            answer.refused = True
-            if item.mode is Mode.DECIDE:
-                answer.view_version = self._forwarder.view.version
 
 
 class ForwardLinks:
@@ -450,12 +172,10 @@ class ForwardLinks:
 
     async def watch(self) -> None:
         """Tells the forwarder what other routers have taken and not made safe for long."""
-        doubts: dict[tuple[str, ...], Doubt] = {}
         while True:
             await asyncio.sleep(LOOK)
             if self._forwarder is not None:
-                doubts = self._doubts(time.monotonic() - SLOW, doubts)
-                self._forwarder.doubt(doubts)
+                self._forwarder.doubt(self._doubts(time.monotonic() - SLOW, self._forwarder.doubts))
 
     def _doubts(self, moment: float, before: Mapping[tuple[str, ...], Doubt]) -> dict[tuple[str, ...], Doubt]:
         """What a router has taken that does not answer may be for a session that others have by now: whatever comes

@@ -53,7 +53,7 @@ _SPENT = StreamOpened()
 class Negotiation:
     """The router's view of one stream."""
 
-    __slots__ = ("account", "exchange", "info", "lane", "link", "moves", "number", "session")
+    __slots__ = ("account", "exchange", "info", "lane", "link", "moves", "number", "sent_by", "session")
 
     def __init__(self, link: ConnectorLink, number: int, lane: Lane) -> None:
         self.link = link
@@ -65,8 +65,9 @@ class Negotiation:
         self.exchange: Exchange | None = None
         # Whom it authenticated as.
         self.account: Jid | None = None
-        # How often another router has sent it on.
+        # How often another router has sent it on, and which one did last.
         self.moves = 0
+        self.sent_by = ""
         self.session: Session | None = None
 
 
@@ -78,6 +79,7 @@ class Negotiator:
 
     def __init__(
         self,
+        own: str,
         routing: Routing,
         sessions: Sessions,
         hooks: Hooks,
@@ -94,6 +96,7 @@ class Negotiator:
         answers: Callable[[Node], Awaitable[bool]],
         spawn: Callable[[Any, str], Any],
     ) -> None:
+        self._own = own
         self.routing = routing
         self.safety = safety
         self.acknowledgements = acknowledgements
@@ -114,6 +117,8 @@ class Negotiator:
         self.reattachment: Reattachment = None  # type: ignore[assignment]
         # Sessions that are ending just now.
         self.ending = 0
+        # All sessions are handed over: there are to be no new ones.
+        self.drained = False
         # Waits, not for long, until all is written that is to be.
         self.written: Callable[[], Awaitable[object]] = _at_once
 
@@ -121,6 +126,9 @@ class Negotiator:
 
     def opened(self, stream: Negotiation, opened: StreamOpened) -> Awaitable[None] | None:
         """RFC 6120 4.3.2: what the stream may do next."""
+        if self.drained:
+            stream.link.close(stream.number, "system-shutdown", "the router stops; please connect again")
+            return None
         stream.info = opened
         if opened.ticket:
             ticket = self._tickets.open(opened.ticket, stream.link.incarnation)
@@ -129,13 +137,14 @@ class Negotiator:
                 stream.link.close(stream.number, "not-authorized")
                 return None
             stream.account = Jid.parse(ticket.account)
-            stream.moves = ticket.moves
+            stream.moves, stream.sent_by = ticket.moves, ticket.router_incarnation
             if ticket.resume:
                 # Another router has found that its session is here.
                 return self.resumption.resume(stream, Envelope(stanza=ticket.resume))
         if stream.account is not None and stream.moves < MAX_MOVES:
             node = self.hand_over.target(str(stream.account))
-            if node is not None:
+            # Who drains sends all on, before others know.
+            if node is not None and node.incarnation != stream.sent_by:
                 return self._send_on(stream, node)
         self._show_features(stream)
         return None
@@ -170,7 +179,9 @@ class Negotiator:
 
     def _send_to(self, stream: Negotiation, router: str, resume: bytes) -> None:
         account = str(stream.account)
-        ticket = self._tickets.seal(stream.link.incarnation, account, moves=stream.moves + 1, resume=resume)
+        ticket = self._tickets.seal(
+            stream.link.incarnation, account, moves=stream.moves + 1, resume=resume, router=self._own
+        )
         stream.link.moved(stream.number, router, self.routing.forwarder.view.version, ticket)
         log.debug("stream_moved", account=account, to=router)
 

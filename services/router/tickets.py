@@ -28,13 +28,15 @@ class Tickets:
         self._cipher = AESGCM(key)
 
     def seal(
-        self, connector: str, account: str, session: str = "", epoch: int = 0, moves: int = 0, resume: bytes = b""
-    ) -> bytes:
+        self, connector: str, account: str, session: str = "", epoch: int = 0, moves: int = 0, resume: bytes = b"",
+        router: str = "",
+    ) -> bytes:  # fmt: skip
         """A ticket for one start of a connector."""
         assert self._cipher is not None
         ticket = Ticket(
-            session=session, account=account, epoch=epoch, connector_incarnation=connector, moves=moves, resume=resume
-        )
+            session=session, account=account, epoch=epoch, connector_incarnation=connector, moves=moves,
+            resume=resume, router_incarnation=router,
+        )  # fmt: skip
         nonce = secrets.token_bytes(NONCE_BYTES)
         return nonce + self._cipher.encrypt(nonce, ticket.SerializeToString(), None)
 

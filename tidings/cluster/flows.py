@@ -20,6 +20,10 @@ class Mode(IntEnum):
     STRATEGY = 4
 
 
+# What is no stanza.
+NOTES = (Mode.NOTE, Mode.STRATEGY)
+
+
 class Waiter(Protocol):
     """Who wants to know when a stanza is safe: when all has happened that was expected."""
 

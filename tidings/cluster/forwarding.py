@@ -12,7 +12,7 @@ with it or refuses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from tidings.cluster.flows import Doubt, Flow, Group, Item, Mode, Pending, Port, Sent
 from tidings.cluster.refusals import Refusals
@@ -52,7 +52,7 @@ class Forwarder:
         self._senders: dict[str, int] = {}
         self._sources: frozenset[str] = frozenset()
         # Flows of which a router has taken something, and has not said for long that it is safe; see `doubt`.
-        self._doubts: Mapping[tuple[str, ...], Doubt] = {}
+        self.doubts: dict[tuple[str, ...], Doubt] = {}
         self.view = ClusterView()
         # Totals, for metrics.
         self.sent = 0
@@ -75,7 +75,7 @@ class Forwarder:
                 flow.queue.append(item)
             return None
         plan = self._strategy.locate(item.account, item.resource)
-        if self._doubts and self._is_doubtful(item.flow, plan):
+        if self.doubts and self._is_doubtful(item.flow, plan):
             (flow or self._open(item.flow)).queue.append(item)
             return None
         if (plan.decides or plan.nodes or flow is not None) and self._must_wait(flow, plan):
@@ -102,7 +102,7 @@ class Forwarder:
         return (
             key not in self._flows
             and self._strategy.locate(account, resource) is HERE
-            and (not self._doubts or key not in self._doubts)
+            and (not self.doubts or key not in self.doubts)
         )
 
     def long(self, key: tuple[str, ...]) -> bool:
@@ -332,18 +332,22 @@ class Forwarder:
         for flow in list(self._flows.values()):
             self._settle(flow)
 
-    def doubt(self, doubts: Mapping[tuple[str, ...], Doubt]) -> None:
+    def doubt(self, doubts: dict[tuple[str, ...], Doubt]) -> None:
         """Flows of which a router has taken something that it has not made safe for long: it may stand still, and
         what it has taken may come back. Nothing goes past it until that is known."""
-        before, self._doubts = self._doubts, doubts
+        before, self.doubts = self.doubts, doubts
         for key, doubt in before.items():
             if doubts.get(key) != doubt and (flow := self._flows.get(key)) is not None:
                 self._settle(flow)
 
+    def doubt_too(self, key: tuple[str, ...], doubt: Doubt) -> None:
+        """One more, until `doubt` is called again."""
+        self.doubts[key] = doubt
+
     def _is_doubtful(self, key: tuple[str, ...], plan: Plan) -> bool:
         """Whether something of a flow may come back from a router to which the plan does not go, or from one that is
         silent."""
-        doubt = self._doubts.get(key)
+        doubt = self.doubts.get(key)
         if doubt is None:
             return False
         return doubt.silent or (doubt.node != plan.decides and doubt.node not in plan.nodes)
@@ -451,7 +455,7 @@ class Forwarder:
             plan = HERE
             if item.mode is Mode.DECIDE:
                 plan = self._strategy.locate(item.account, item.resource)
-                if self._must_wait(flow, plan) or (self._doubts and self._is_doubtful(flow.key, plan)):
+                if self._must_wait(flow, plan) or (self.doubts and self._is_doubtful(flow.key, plan)):
                     return
             flow.queue.popleft()
             if plan.decides or (item.source and self._goes_behind(item)):

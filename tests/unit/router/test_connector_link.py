@@ -94,7 +94,7 @@ class Attached:
             NothingMoves(), self._reachable, router.tasks.spawn,  # type: ignore[arg-type]
         )  # fmt: skip
         self.negotiator = Negotiator(
-            router.routing, router.sessions, router.hooks, authentication=nobody,
+            router.own, router.routing, router.sessions, router.hooks, authentication=nobody,
             accounts=router.stores.accounts, binding=NobodyElsewhere(),  # type: ignore[arg-type]
             hand_over=nobody, adoption=nobody, tickets=nobody, safety=router.safety,
             acknowledgements=router.acknowledgements, resumption=self.resumption,

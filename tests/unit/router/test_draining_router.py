@@ -37,6 +37,39 @@ async def test_a_stream_that_authenticates_while_its_router_drains_goes_on_elsew
         assert not client.closed
 
 
+async def test_a_stream_is_not_sent_back_to_a_router_that_drains_while_others_do_not_know_that(
+    tmp_path: Path,
+) -> None:
+    """It would be bound there, and lost with it."""
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a", "b")
+        name = at_home("juliet", ab="a")
+        await nodes.account(name)
+        nodes.prefers = "a"
+        client = Client(nodes, name)
+        await client.open("<mechanisms")
+        draining = asyncio.create_task(nodes.routers["a"].drain())
+        await soon(lambda: nodes.routers["a"]._adoption.draining, "it drains")
+        await client.authenticate()
+        await client.open("<bind")
+        assert nodes.routers["b"]._has_streams()
+        assert not nodes.routers["a"]._has_streams()
+        client.bind()
+        await client.until("<jid>")
+        await draining
+        assert nodes.session("b", name) is not None
+
+
+async def test_a_router_that_has_handed_over_all_takes_no_more_streams(tmp_path: Path) -> None:
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a", "b")
+        await nodes.routers["a"].drain()
+        nodes.prefers = "a"
+        client = Client(nodes, "juliet")
+        await client.open("<system-shutdown")
+        assert client.closed
+
+
 async def test_a_stream_that_never_authenticates_holds_no_drain_up_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

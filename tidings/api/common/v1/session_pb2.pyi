@@ -346,6 +346,7 @@ class Ticket(google.protobuf.message.Message):
     CONNECTOR_INCARNATION_FIELD_NUMBER: builtins.int
     MOVES_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
+    ROUTER_INCARNATION_FIELD_NUMBER: builtins.int
     session: builtins.str
     account: builtins.str
     """The bare JID of the account."""
@@ -358,6 +359,8 @@ class Ticket(google.protobuf.message.Message):
     """
     resume: builtins.bytes
     """The <resume/> of a client whose session is at the router that it is for (XEP-0198 5)."""
+    router_incarnation: builtins.str
+    """The start of the router that has sent the stream on, if that is not bound: it is not sent back there."""
     def __init__(
         self,
         *,
@@ -367,7 +370,8 @@ class Ticket(google.protobuf.message.Message):
         connector_incarnation: builtins.str = ...,
         moves: builtins.int = ...,
         resume: builtins.bytes = ...,
+        router_incarnation: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["account", b"account", "connector_incarnation", b"connector_incarnation", "epoch", b"epoch", "moves", b"moves", "resume", b"resume", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["account", b"account", "connector_incarnation", b"connector_incarnation", "epoch", b"epoch", "moves", b"moves", "resume", b"resume", "router_incarnation", b"router_incarnation", "session", b"session"]) -> None: ...
 
 global___Ticket = Ticket
