@@ -86,6 +86,8 @@ class Adoption:
         self.dismiss: Callable[[Session], Any] = lambda _session: None
         # Lets a session wait for its client, so many seconds.
         self.wait: Callable[[Session, float], None] = lambda _session, _seconds: None
+        # Marks what a session had confirmed where it was before; that may not be written there.
+        self.acknowledged: Callable[[Session, list[Envelope | bytes]], None] = lambda _session, _what: None
         # Total, for metrics.
         self.adopted = 0
 
@@ -152,6 +154,8 @@ class Adoption:
             session, [(asked.to_jid, asked.id, asked.left) for asked in request.record.asked]
         )
         self._binding.adopted(session)
+        if session.unmarked:
+            self.acknowledged(session, [id_ for _, id_ in session.unmarked])
         record = request.record
         # One whose stream had broken comes without one, and waits here.
         left = record.resume_left if not request.stream else None

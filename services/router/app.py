@@ -163,7 +163,7 @@ class Router:
         self._reattachment.dismiss, self._reattachment.wait = negotiator.dismiss, resumption.wait
         resumption.end = negotiator.end
         resumption.whole, resumption.attached = self._adoption.whole, self._adoption.resumed
-        self._adoption.wait = resumption.wait
+        self._adoption.wait, self._adoption.acknowledged = resumption.wait, safety.acknowledged
         resumption.send_on = negotiator.send_to_session
         routing.on_answer = self._acknowledgements.is_answer
         safety.waiting_elsewhere = self._links.unsafe_bytes

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -40,6 +45,8 @@ FEEDS = {Feed.FEED_PRESENCE: "feed:presence", Feed.FEED_SESSION_END: "feed:sessi
 # Requests at accounts that a component may have open; of more, the answers to the oldest are dropped. It stops a
 # component that answers nothing from filling memory.
 MAX_ASKED = 10_000
+# Senders in components' domains whose names as origins are remembered; others' are made again.
+MAX_ORIGINS = 10_000
 # Accounts share so many lanes for what one component sends.
 LANES = 64
 
@@ -55,6 +62,9 @@ class ComponentLink:
     # As they are now, `{vhost}` written out.
     domains: tuple[str, ...] = ()
     assigned: set[str] = field(default_factory=set)
+    # Names what it sends, with the number of its last stanza: what is attached anew counts anew.
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    number: int = 0
 
     # The call that is being handled.
     handling: asyncio.Task[None] | None = None
@@ -243,10 +253,11 @@ class ComponentLinks:
                     return None
             elif element.name != "message" or not element.children or not self._is_event(link, element.children):
                 raise _bad(f"for {sender} the component only answers, and tells of its own namespaces")
+        link.number += 1
         return Envelope(
-            origin=link.instance, kind=KINDS[element.name], type=element.attrs.get("type", ""),
-            id=element.attrs.get("id", ""), from_jid=str(sender), to_jid=str(to),
-            children=element.children, stanza=envelope.stanza,
+            origin=_origin(link.id, str(sender.bare)), number=link.number, kind=KINDS[element.name],
+            type=element.attrs.get("type", ""), id=element.attrs.get("id", ""), from_jid=str(sender), to_jid=str(to),
+            children=element.children, stanza=envelope.stanza, received_unix_ms=time.time_ns() // 1_000_000,
         )  # fmt: skip
 
     def _is_event(self, link: ComponentLink, children: Iterable[str]) -> bool:
@@ -257,6 +268,13 @@ class ComponentLinks:
 
     def _foreign(self, domain: str) -> bool:
         return domain not in self._hosts and domain not in self._by_domain
+
+
+@lru_cache(maxsize=MAX_ORIGINS)
+def _origin(link: str, sender: str) -> str:
+    """What one of the component's accounts sends is in order by itself."""
+    digest = hashlib.blake2b(sender.encode(), digest_size=16, key=link.encode()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 class Lanes:

@@ -285,19 +285,22 @@ class Deliveries:
                 continue
             if envelope.number > last:
                 self._is_new(session, envelope)
-            self.deliver(session, envelope)
+            self.deliver(session, envelope, id_)
         return done
 
-    def deliver(self, session: Session, envelope: Envelope) -> None:
-        """Writes a stanza to a session's stream now, or, while it has none, as soon as it is resumed."""
+    def deliver(self, session: Session, envelope: Envelope, stored_as: bytes | None = None) -> None:
+        """Writes a stanza to a session's stream now, or, while it has none, as soon as it is resumed.
+
+        `stored_as`: the id of a message that comes from the store.
+        """
         if self._is_withheld(session, envelope):
             if session.withheld is None:
                 session.withheld = {}
             keep_answer(session, session.withheld.setdefault(envelope.from_jid, deque()), envelope)
         else:
-            self._write(session, envelope)
+            self._write(session, envelope, stored_as)
 
-    def _write(self, session: Session, envelope: Envelope) -> None:
+    def _write(self, session: Session, envelope: Envelope, stored_as: bytes | None = None) -> None:
         if session.frozen is not None:
             keep(session, session.frozen, envelope)
             return
@@ -316,9 +319,9 @@ class Deliveries:
         if inbound.counts:
             shared = link is not None and len(outbound.queue) < MAX_SHARED
             # It is known now: the message was just written.
-            id_ = self.kept_as(envelope, session.jid.bare) if envelope.kind == MESSAGE else None
+            id_ = self._id_of(session, envelope, stored_as)
             outbound.keep(envelope if shared else own_copy(envelope), len(envelope.stanza), id_)
-        elif envelope.kind == MESSAGE and (id_ := self.kept_as(envelope, session.jid.bare)) is not None:
+        elif (id_ := self._id_of(session, envelope, stored_as)) is not None:
             outbound.keep(id_, len(envelope.stanza))
             if len(outbound.queue) > MAX_UNCONFIRMED:
                 outbound.forget_oldest()
@@ -335,6 +338,12 @@ class Deliveries:
         holder.deliver(session, envelope, number)
         if link is not None:
             when_copied(session, holder, partial(self._copied, session, link, session.stream, envelope, number))
+
+    def _id_of(self, session: Session, envelope: Envelope, stored_as: bytes | None) -> bytes | None:
+        """As what a message waits in the store, if it does."""
+        if envelope.kind != MESSAGE:
+            return None
+        return stored_as or self.kept_as(envelope, session.jid.bare)
 
     def _copied(self, session: Session, link: ConnectorLink, stream: int, envelope: Envelope, number: int) -> None:
         # One that has resumed meanwhile was given it with all that its client has not confirmed.

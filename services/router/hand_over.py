@@ -160,6 +160,8 @@ class HandOver:
 
     async def _try(self, session: Session, node: Node, link: ConnectorLink | None) -> bool:
         """Whether the session is the other router's now. One without a stream waits for its client there."""
+        if session.held is not None and not session.holds:
+            return False  # what comes for it waits for its first presence, behind which it gets what is stored
         if not await self._binding.is_reachable(session) or not self._is_here(session):
             return False  # without the database it would have to stand still till that is back
         still = await self._is_still(session, link)

@@ -84,8 +84,8 @@ class WriteQueue:
 
     @property
     def unmatched(self) -> Collection[bytes]:
-        """Marks that were written and have found no message, while they are tried again at a steady pace."""
-        return {id_ for id_, tries in self._early.items() if tries <= STEADY_TRIES}
+        """Marks that were written and have found no message, while they are tried again."""
+        return self._early.keys()
 
     @property
     def oldest(self) -> float:
@@ -124,10 +124,16 @@ class WriteQueue:
                 elif waiting.message.archived:
                     waiting.message = waiting.message._replace(pending=False)
                 else:
+                    # Nobody needs to look for it again.
+                    self._remembered[acknowledged] = None
                     self._settle(waiting, None)
             if not any(waiting.tried for waiting in found):
                 # What was not tried is marked too: another may have written the same message.
                 self._mark(acknowledged)
+
+    def mark_again(self, ids: Iterable[bytes]) -> None:
+        """Marks that were early are tried again, unless they were forgotten since."""
+        self.mark([id_ for id_ in ids if id_ in self._early])
 
     def marked(self) -> set[bytes]:
         """What is acknowledged, and not yet known to be written so."""

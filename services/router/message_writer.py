@@ -77,9 +77,10 @@ class MessageWriter:
         if self.queue.messages in (1, GROUP):
             self._woken.set()
 
-    def mark(self, ids: Iterable[bytes]) -> None:
+    def mark(self, ids: Iterable[bytes], again: bool = False) -> None:
+        """`again`: marks that have found no message before."""
         wake = not self.queue.marks
-        self.queue.mark(ids)
+        (self.queue.mark_again if again else self.queue.mark)(ids)
         if wake and self.queue.marks:
             self._woken.set()
 
@@ -149,7 +150,7 @@ class MessageWriter:
             log.info("messages_are_written_again")
         self.away = False
         for wait, early in self.queue.early(missing).items():
-            asyncio.get_running_loop().call_later(EARLY * wait, self.mark, early)
+            asyncio.get_running_loop().call_later(EARLY * wait, self.mark, early, True)
         self.queue.written(missing)
         return True
 

@@ -225,7 +225,7 @@ async def marked(store: MessageStore) -> None:
 def message_id(key: bytes, account: str, origin: str, number: int) -> bytes:
     """The id of an account's copy of a stanza, 16 bytes: the same whoever makes it, so that a message that is written
     twice is kept once; known before it is delivered; and not to be guessed without `key`, as XEP-0313 3 and XEP-0359
-    want it. A stanza without origin gets a random one.
+    want it. A stanza without origin or number gets a random one.
 
     Ids of a conversation begin alike for a while, so that a database that has more of them than memory finds the
     place of nearly each one in what it has just read: with random ones 200 clients got a third slower within their
@@ -234,7 +234,7 @@ def message_id(key: bytes, account: str, origin: str, number: int) -> bytes:
 
     `key`: `AccountStore.shared_key("message-id-key")`.
     """
-    if not origin:
+    if not origin or not number:
         return secrets.token_bytes(16)
     place, begun = _place(key, account, origin, number // TOGETHER)
     rest = begun.copy()

@@ -35,7 +35,8 @@ _INSERT = (
 )
 _UPDATE = "update messages set pending = 0 where archived = 1 and"
 _DELETE = "delete from messages where archived = 0 and"
-_FIND = "select id from messages where"
+# Not what has come since: it has not got its mark.
+_FIND = "select id from messages where not (archived = 1 and pending = 1) and"
 
 
 def peer_hash(peer: str) -> int:
@@ -72,7 +73,9 @@ async def mark(connection: AsyncConnection, ids: Sequence[bytes]) -> set[bytes]:
     updated = await _run(connection, update, parameters)
     if updated == len(texts):
         return set()
-    found = {row[0] for row in await _execute(connection, f"{_FIND} id in ('{these}')", None)}
+    rows = await _execute(connection, f"{_FIND} id in ('{these}')", None)
+    # MySQL gives names as bytes, for it is to compare them so.
+    found = {text.decode() if isinstance(text, bytes) else text for (text,) in rows}
     if len(found) > updated:
         await _run(connection, delete, parameters)
     return {by_text[text] for text in texts if text not in found}

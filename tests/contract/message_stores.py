@@ -115,7 +115,7 @@ def message(
     archived: bool = True, holder: str = "", origin: str = "session", from_jid: str | None = None,
 ) -> Message:  # fmt: skip
     return Message(
-        account, message_id(KEY, str(account), origin, number), peer, origin, number if origin else 0,
+        account, message_id(KEY, str(account), origin, number + 1), peer, origin, number if origin else 0,
         peer if from_jid is None else from_jid, at or 1_000_000 + number, f"<message id='{number}'/>".encode(), pending,
         archived, holder,
     )  # fmt: skip

@@ -7,11 +7,10 @@ import asyncio
 import pytest
 
 from services.router.message_queue import MESSAGE_BYTES
-from services.router.messages import CLAIMED, ArchiveQuery, Preferences, UnknownId, message_id
+from services.router.messages import CLAIMED, ArchiveQuery, Preferences, UnknownId
 from services.router.retention import DAY_MS, PORTION, Retention
 from tests.contract.message_stores import (
     JULIET,
-    KEY,
     NURSE,
     ROMEO,
     Stores,
@@ -452,4 +451,4 @@ async def test_nothing_is_left_of_a_removed_account_and_positions_go_on(stores: 
     await stores.store.keep(message(ROMEO, 8))
     (kept,) = await stores.store.pending(ROMEO, "s", 10)
     assert kept.position > last.position
-    assert kept.id == message_id(KEY, str(ROMEO), "session", 8)
+    assert kept.id == message(ROMEO, 8).id

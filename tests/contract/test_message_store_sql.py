@@ -7,6 +7,7 @@ import importlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.router import messages_sql
+from services.router import messages_statements as statements
 from services.router.messages import ArchiveQuery, id_bytes
 from services.router.messages_memory import MemoryMessageStore
 from services.router.messages_sql import GROUP, MAX_STANZA_BYTES, SqlMessageStore
@@ -423,3 +425,34 @@ async def test_a_migration_that_was_cut_off_at_any_statement_is_finished(mariadb
             assert cut > 5, "there was something to be cut off"
             return
     raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize("database_url", ["mysql"], indirect=True)
+async def test_a_mark_is_not_lost_when_its_message_is_committed_between_its_two_statements(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another router: the first statement does not find it, and the second one does. (SQLite has one writer.)"""
+    run, late = statements._run, [message(ROMEO, 1)]
+
+    async def between(connection: Any, statement: str, parameters: Any = None) -> int:
+        found = await run(connection, statement, parameters)
+        if statement.startswith(statements._UPDATE) and late:
+            await stores.other.keep(late.pop())
+        return found
+
+    monkeypatch.setattr(statements, "_run", between)
+    stores.store.delivered(ROMEO, [message(ROMEO, 1).id])
+    await settled(stores.store)
+    assert not late
+    assert list(stores.store.unmatched) == [message(ROMEO, 1).id], "it is tried again"
+    stores.store.delivered(ROMEO, stores.store.unmatched)
+    await settled(stores.store)
+    assert await stores.store.pending_count(ROMEO) == 0
+
+
+async def test_a_mark_whose_message_is_not_archived_is_written_once(stores: Stores) -> None:
+    await stores.store.keep(message(ROMEO, 1, archived=False))
+    stores.store.delivered(ROMEO, [message(ROMEO, 1).id])
+    await settled(stores.store)
+    assert not stores.store.unmatched
+    assert await stores.store.pending_count(ROMEO) == 0

@@ -162,6 +162,8 @@ class Database:
                 if causal:
                     connection = await connection.execution_options(**{CAUSAL: True})
                 yield connection
+                # Here, for what closes the connection has no time limit.
+                await connection.rollback()
 
     @asynccontextmanager
     async def write(self, timeout: float = STATEMENT_TIMEOUT, causal: bool = False) -> AsyncIterator[AsyncConnection]:
