@@ -478,6 +478,11 @@ class ClientStream:
     # --- what others see of it ---
 
     @property
+    def has_left(self) -> bool:
+        """Whether its client has gone, or was sent away, and no router knows yet: it is between two."""
+        return self.relocation is not None and self.relocation.left is not None
+
+    @property
     def encrypted(self) -> bool:
         return self._tls_info() is not None
 

@@ -78,6 +78,8 @@ class Copies:
             copy = self._copies[session] = SessionCopy(link.node.incarnation)
             copy.begin(command.attached.record, command.attached.ticket)
             self._brought.pop(session, None)  # what is answered to the one before is not for this one
+        elif which == "forget":
+            self._forget_of(link, session)
         elif copy is None:
             return
         elif which == "attached":
@@ -90,25 +92,44 @@ class Copies:
             moves = self._brought.get(session, (link, 0))[1] + 1
             router = command.moved.router_incarnation
             self._streams.spawn(self._bring(session, copy, "", router, moves), "a copy is brought to another router")
-        elif which == "forget" and copy.router == link.node.incarnation:
-            self.forget(session)
         elif which == "close" and self._brought.get(session, (None, 0))[0] is link:
             # Another holder was earlier, or the session has ended.
             self.forget(session)
 
+    def _forget_of(self, link: RouterLink, session: str) -> None:
+        copy, stream = self._copies.get(session), self._streams.by_session.get(session)
+        if copy is not None and copy.router == link.node.incarnation:
+            self.forget(session)
+        if stream is not None and stream.link is link and stream.has_left:
+            stream.copy = None  # its end, which is not told yet, must not keep it
+
+    def of_gone_stream(self, link: RouterLink, command: StreamCommand) -> None:
+        """A session began, or went on, with a stream that has ended meanwhile: its router will hear of that, and
+        takes the copy for kept here."""
+        which = command.WhichOneof("command")
+        begun = getattr(command, which) if which in ("session_bound", "attached") else None
+        if begun is not None and begun.HasField("record"):
+            copy = SessionCopy(link.node.incarnation)
+            copy.begin(begun.record, begun.ticket)
+            if copy.resumable and begun.record.id not in self._streams.by_session:
+                self.keep(begun.record.id, copy)
+
     # --- the router that has it is gone, or does not answer ---
 
     def router_gone(self, link: RouterLink) -> None:
-        gone = link.node.incarnation
         for session, copy in list(self._copies.items()):
-            if copy.router == gone or self._brought.get(session, (None, 0))[0] is link:
-                self._streams.spawn(self._bring_later(session, copy, gone), "a copy is brought to another router")
+            if self._needs(session, copy, link):
+                self._streams.spawn(self._bring_later(session, copy, link), "a copy is brought to another router")
 
-    async def _bring_later(self, session: str, copy: SessionCopy, gone: str) -> None:
+    async def _bring_later(self, session: str, copy: SessionCopy, link: RouterLink) -> None:
         """If the session has a stream, its connector goes first: its client notices less."""
         await asyncio.sleep(STREAMS_FIRST)
-        if self._copies.get(session) is copy and copy.router == gone:
-            await self._bring(session, copy, gone, "", 0)
+        if self._copies.get(session) is copy and self._needs(session, copy, link):
+            await self._bring(session, copy, link.node.incarnation, "", 0)
+
+    def _needs(self, session: str, copy: SessionCopy, link: RouterLink) -> bool:
+        """Whether a copy is of a session of that router, or was brought there and not taken yet."""
+        return copy.router == link.node.incarnation or self._brought.get(session, (None, 0))[0] is link
 
     def _surrender(self, link: RouterLink, session: str, router: str) -> None:
         """`router`: the one that does not answer. What another one has taken over by now stays there."""

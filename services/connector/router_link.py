@@ -110,7 +110,9 @@ class RouterLink:
                 self._deliver(item)
             elif not item.stream:
                 self._streams.copies.command(self, item)
-            elif (stream := self._streams.get(item.stream)) is not None and stream.link is self:
+            elif (stream := self._streams.get(item.stream)) is None:
+                self._streams.copies.of_gone_stream(self, item)
+            elif stream.link is self:
                 stream.command(item)
 
     def _deliver(self, envelope: Envelope) -> None:

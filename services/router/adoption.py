@@ -226,7 +226,8 @@ class Adoption:
             return None
         session.link = link
         session.stream = stream
-        session.closed = attach.left
+        # One that may be resumed waits for its client, when the end of its stream comes.
+        session.closed = attach.left and not session.resume_seconds
         return session
 
     def resumed(self, session: Session) -> None:
@@ -246,7 +247,8 @@ class Adoption:
     def _go_on(self, session: Session, arrival: _Arrival) -> None:
         """When both have come, the client gets what has waited; if it has left meanwhile, the end of the session
         follows, and that goes elsewhere."""
-        if not arrival.whole or session.closed or (session.link is None and arrival.left is None):
+        waits = arrival.left is not None or session.waits is not None
+        if not arrival.whole or session.closed or (session.link is None and not waits):
             return
         if session.link is None and arrival.left is not None:
             self.wait(session, arrival.left)

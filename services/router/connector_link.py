@@ -358,7 +358,8 @@ class ConnectorLink:
         """The session is another router's now, and so is its stream."""
         self._sessions.pop(session.id, None)
         self._streams.pop(session.stream, None)
-        session.holder = None
+        if session.holder is self:
+            session.holder = None
 
     # --- copies ---
 
@@ -441,6 +442,10 @@ class ConnectorLink:
             except Overflow:
                 self.cut_off()
                 return
+
+    def has(self, stream: Negotiation) -> bool:
+        """Whether a stream has not ended."""
+        return self._streams.get(stream.number) is stream
 
     def give_up(self, number: int) -> None:
         """A stream has lost its session to another one: what comes of it is nobody's."""

@@ -140,6 +140,7 @@ class Copies:
             not self.wanted
             or not session.resume_seconds
             or session.closed
+            or not self.is_here(session)
             or (holder is not None and not self.is_near(holder))
         ):
             return

@@ -162,11 +162,12 @@ class HandOver:
         """Whether the session is the other router's now. One without a stream waits for its client there."""
         if session.held is not None and not session.holds:
             return False  # what comes for it waits for its first presence, behind which it gets what is stored
+        number = session.stream
         if not await self._binding.is_reachable(session) or not self._is_here(session):
             return False  # without the database it would have to stand still till that is back
         still = await self._is_still(session, link)
-        if not still or not self._is_here(session) or session.link is not link:
-            self._stay(session, link)
+        if not still or not self._is_here(session) or (session.link, session.stream) != (link, number):
+            self._stay(session, link, number)
             return False
         session.frozen = deque()
         settled = self._unsettled[session.id] = asyncio.get_running_loop().create_future()
@@ -180,7 +181,7 @@ class HandOver:
             if ticket is not None:
                 self._give(session, node, link, ticket)
             else:
-                self._stay(session, link)
+                self._stay(session, link, number)
             del self._unsettled[session.id]
             settled.set_result(None)
         return ticket is not None
@@ -341,14 +342,14 @@ class HandOver:
                 continue
             lane.run(self._routing.route, envelope)
 
-    def _stay(self, session: Session, link: ConnectorLink | None) -> None:
+    def _stay(self, session: Session, link: ConnectorLink | None, stream: int) -> None:
         """The move did not come about; all goes on as before. The connector is told in any case: it may hold back the
-        end of the stream."""
+        end of the stream, which may have lost the session to another one meanwhile."""
         frozen, session.frozen = session.frozen, None
         for envelope in frozen or ():
             self._routing.deliveries.deliver(session, envelope)
         if link is not None:
-            link.command(session.stream).moved.SetInParent()
+            link.command(stream).moved.SetInParent()
 
 
 def _portions(kept: list[Envelope]) -> Iterator[tuple[int, list[Envelope]]]:

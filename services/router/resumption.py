@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from services.router.held import own_copy
@@ -146,7 +147,8 @@ class Resumption:
                 session = await self._found(stream, id_)
             if session is None:
                 raise StanzaError("item-not-found")
-            self._go_on(stream, session, h)
+            if stream.link.has(stream):
+                self._go_on(stream, session, h)
         except StreamError as error:
             application = error.application if isinstance(error, TooHigh) else b""
             stream.link.close(stream.number, error.condition, error.text, application)
@@ -202,7 +204,10 @@ class Resumption:
         asked = ""
         while asyncio.get_running_loop().time() < ends:
             row = next((row for row in await self._table.of_account(stream.account) if row.session == id_), None)
-            if row is None or row.router == self._own:
+            if row is None:
+                return ""
+            if row.router == self._own:
+                await self._arrived(str(stream.account), ends)
                 return ""
             if row.router != asked:
                 if await self.answers(row.router, SILENCE):
@@ -213,14 +218,23 @@ class Resumption:
             await asyncio.sleep(LOOK)
         return ""
 
+    async def _arrived(self, account: str, ends: float) -> None:
+        """Waits for sessions of an account that come from another router just now: their rows are ours already."""
+        arrival = self._sessions.arrival(account)
+        if arrival is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(ends):
+                    await arrival.wait()
+
     def _go_on(self, stream: Negotiation, session: Session, h: int) -> None:
         """5: what the client has not confirmed is sent again, behind <resumed/>. Raises TooHigh."""
         self._safety.acknowledged(session, session.outbound.acknowledge(h))
         before = session.link
         if before is not None:
+            # Its end first: what the connector is to forget then is the copy that it keeps of a broken stream.
+            before.close(session.stream, "conflict", "resumed by another connection")
             before.unbound(session)
             before.give_up(session.stream)
-            before.close(session.stream, "conflict", "resumed by another connection")
         _stop_waiting(session)
         link = stream.link
         session.link, session.stream, session.connector = link, stream.number, link.incarnation

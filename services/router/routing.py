@@ -282,7 +282,7 @@ class Routing:
         if to.resource and kind not in self._hooks.received and self.forwarder.is_here(flow, account, to.resource):
             # What most stanzas are: for a session that is here.
             match = self._sessions.of(account).get(to.resource)
-            if match is not None and not (self.cut and match.link in self.cut):
+            if match is not None and not (self.cut and (match.link or match.holder) in self.cut):
                 self._at_account.give(match, envelope, alone=True)
                 return None
         if session is not None and account == session.account and kind == IQ and not to.resource:
@@ -359,7 +359,7 @@ class Routing:
 
     def _may_be_elsewhere(self, account: str) -> bool:
         """Whether an account has a session here that others may have taken over: its connector is out of reach."""
-        return any(session.link in self.cut for session in self._sessions.of(account).values())
+        return any((session.link or session.holder) in self.cut for session in self._sessions.of(account).values())
 
     async def _decide_behind(self, first: Awaitable[object], item: Item, plan: Plan) -> None:
         await first

@@ -65,6 +65,9 @@ class Link:
     def close(self, stream: int, condition: str, text: str = "", application: bytes = b"") -> None:
         self.closed.append((stream, condition))
 
+    def has(self, stream: Any) -> bool:
+        return True
+
     def unbound(self, session: Session) -> None:
         """Nothing more comes from it."""
 

@@ -228,6 +228,18 @@ async def test_a_session_is_known_to_be_closed_before_its_end_is_worked_off(atta
     assert not attached.router.for_modules.is_open(romeo)
 
 
+async def test_a_session_that_goes_to_another_router_keeps_its_holder_until_that_one_is_told(
+    attached: Attached,
+) -> None:
+    """Else the connector that holds its copy is never told to forget it."""
+    _, session = await attached.bound("romeo")
+    other: Any = object()
+    for holder, left in ((other, other), (attached.link, None)):
+        session.holder = holder
+        attached.link.release(session)
+        assert session.holder is left
+
+
 async def test_an_account_is_deleted_also_when_the_database_was_away(
     attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:

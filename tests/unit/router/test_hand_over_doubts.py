@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from services.router import adoption, hand_over, peers
+from services.router.sessions import Session
 from tests.unit.router.nodes import DRAINING, UP, Client, Nodes, at_home, at_once, away, running, soon
+from tidings.xmpp import ns
 
 
 def once(then: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
@@ -144,6 +146,45 @@ async def test_who_leaves_during_a_move_has_left_when_it_is_over(tmp_path: Path)
         again = Client(nodes, juliet.name)
         await again.log_in()
         await soon(lambda: sorted(again.numbers()) == [6, 7], "what was stored")
+
+
+async def test_who_loses_the_connection_during_a_move_may_resume_behind_it(tmp_path: Path) -> None:
+    async with running(tmp_path, "a", "b") as nodes:
+        juliet, romeo = await moving(nodes)
+        juliet.send(f"<enable xmlns='{ns.SM}' resume='true'/>")
+        await soon(lambda: "<enabled" in juliet.written, "stream management")
+        nodes.latency = 0.1
+        nodes.tell(a=UP, b=UP)
+        await soon(lambda: nodes.session("b", juliet.name) is not None, "it is adopted")
+        juliet.disconnect()
+        romeo.say(f"{juliet.name}@example.org/r", 6)
+        await nodes.is_at("b", juliet.name)
+        session = nodes.session("b", juliet.name)
+        assert session is not None
+        await soon(lambda: session.waits is not None and len(session.outbound.queue) > 0, "it waits for its client")
+        assert "unavailable" not in romeo.written
+
+
+async def test_a_stream_whose_session_has_gone_on_with_another_one_is_told_that_the_move_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that other stream, or one of that number."""
+    async with running(tmp_path, "a", "b") as nodes:
+        juliet, _ = await moving(nodes)
+        session = nodes.session("a", juliet.name)
+        assert session is not None
+        hand_over, number, link = nodes.routers["a"]._hand_over, session.stream, session.link
+
+        async def resumed_meanwhile(_session: Session, _link: object) -> bool:
+            session.stream = number + 5
+            return True
+
+        monkeypatch.setattr(hand_over, "_is_still", resumed_meanwhile)
+        told: list[int] = []
+        monkeypatch.setattr(hand_over, "_stay", lambda _session, _link, stream: told.append(stream))
+        assert not await hand_over._try(session, nodes.members["b"].node, link)
+        session.stream = number
+        assert told == [number]
 
 
 async def test_what_waits_for_a_session_that_nobody_attaches_is_stored(

@@ -238,6 +238,35 @@ async def test_a_session_that_begins_to_go_to_another_router_is_not_resumed_here
     assert b"<resumed " not in answer(attached)
 
 
+async def test_a_stream_that_ends_while_it_resumes_leaves_the_session_waiting(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be taken for the session's, and its end for that of the session."""
+    juliet = await resumable(attached, "juliet")
+    break_off(attached, juliet)
+    table, asked = attached.router.stores.table, asyncio.Event()
+    of_account = table.of_account
+
+    async def slow(account: Jid) -> list[SessionRow]:
+        await asked.wait()
+        return await of_account(account)
+
+    monkeypatch.setattr(table, "of_account", slow)
+    resuming = asyncio.create_task(resume(attached, juliet, 0, number=77))
+    await until(lambda: 77 in attached.link._streams)
+    event = StreamEvent(stream=77)
+    event.closed.clean = False
+    attached.link.receive(AttachRequest(events=[event]))
+    asked.set()
+    stream = await resuming
+    await stream.lane.idle()
+    assert stream.session is None
+    assert attached.router.sessions.get(juliet.id) is juliet
+    monkeypatch.setattr(table, "of_account", of_account)
+    await resume(attached, juliet, 0, number=78)
+    assert answer(attached).startswith(b"<resumed ")
+
+
 async def test_a_holder_that_begins_learns_which_requests_under_way_have_their_answers(attached: Attached) -> None:
     """Else the router that carries the session on from there would answer them again."""
     romeo, juliet = await resumable(attached, "romeo"), await resumable(attached, "juliet")
