@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from services.router.hand_over import GONE
 from services.router.session_record import session_of
 from services.router.sessions import Session, Sessions
+from services.router.stranded import rest_first
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import AdoptSessionRequest, SessionAttach, SessionGiven
@@ -165,7 +166,7 @@ class Adoption:
         self.adopted += 1
         if self._living is not None and giver not in self._living:
             # It has gone while the row was moved.
-            self._is_whole(session, arrival)
+            self._given_up(session, arrival)
 
     # --- what it waits for ---
 
@@ -177,7 +178,7 @@ class Adoption:
     def _waited(self, session: Session, arrival: _Arrival) -> None:
         if not arrival.whole:
             log.warning("session_not_given", session=session.id, waited=GIVE_TIMEOUT)
-            self._is_whole(session, arrival)
+            self._given_up(session, arrival)
         elif session.resume_seconds:
             # Its connector may be gone; the client is not.
             arrival.left = float(session.resume_seconds)
@@ -192,7 +193,12 @@ class Adoption:
         for id_, arrival in list(self._arrivals.items()):
             session = self._sessions.get(id_)
             if session is not None and not arrival.whole and arrival.giver not in alive:
-                self._is_whole(session, arrival)
+                self._given_up(session, arrival)
+
+    def _given_up(self, session: Session, arrival: _Arrival) -> None:
+        """The router that gives it is gone, with what had waited there, which is stored."""
+        rest_first(session, self._routing.deliveries, self._spawn, lambda: session.id in self._arrivals)
+        self._is_whole(session, arrival)
 
     def given(self, _account: Jid, note: bytes) -> bytes:
         """A note of the router that gives a session; GONE when it is not on its way here: it has ended."""

@@ -146,9 +146,22 @@ class Binding:
         if not await self._table.move(SessionRow(session.jid, session.id, session.epoch, self._own), self._own):
             return False
         session.epoch += 1
+        self._changed(session)
+        return True
+
+    def _changed(self, session: Session) -> None:
         self._note(session, session.seen_available)
         self._note_directed(session)
         session.changed()
+
+    async def take_back(self, session: Session, taker: str) -> bool:
+        """Takes the row of a session back from a router that has adopted it and is gone; False when it is another
+        one's by now. May be repeated. Raises DatabaseAway."""
+        row = SessionRow(session.jid, session.id, session.epoch + 1, taker)
+        if not await self._table.move(row, self._own):
+            return False
+        session.epoch += 2
+        self._changed(session)
         return True
 
     async def is_reachable(self, session: Session) -> bool:

@@ -28,6 +28,7 @@ from services.router.deliveries import REQUESTS
 from services.router.peers import Failed, Peers
 from services.router.session_record import record_of
 from services.router.sessions import Session, Sessions
+from services.router.stranded import rest_first
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import AdoptSessionRequest, SessionGiven
@@ -264,7 +265,10 @@ class HandOver:
                 if refusal.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
                     raise _Lost("its row is neither router's")
                 if not self._is_alive(node):
-                    raise _Lost("the router that has taken it is gone")
+                    if not await self._binding.take_back(session, node.incarnation):
+                        raise _Lost("the router that has taken it is gone")
+                    rest_first(session, self._routing.deliveries, self._spawn, lambda: False)
+                    return None
             except DatabaseAway:
                 pause = RETRY
             await asyncio.sleep(pause)

@@ -7,17 +7,42 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from services.router.sessions import DOUBTFUL
 from tidings.cluster.node import NodeState
 from tidings.cluster.view import ClusterView
 
 if TYPE_CHECKING:
     from services.router.deliveries import Deliveries
-    from services.router.sessions import Sessions
+    from services.router.sessions import Session, Sessions
 
 # Seconds from the return of a router that was put out, which writes what it has before that, to the look; and from
 # one session to the next.
 AFTER = 1.0
 PACE = 0.005
+# Seconds for the last commit of a router that has died; and between two looks whether a session has come.
+WRITTEN = 1.0
+LOOK = 0.02
+
+
+def rest_first(
+    session: Session, deliveries: Deliveries, spawn: Callable[[Any, str], Any], comes: Callable[[], bool]
+) -> None:
+    """A router has died in the midst of a hand-over: what it has taken for the session, and stored, goes before
+    anything that comes from now on. `comes`: whether the session is still on its way here."""
+    session.doubtful = True
+    session.notes[DOUBTFUL] = b"1"
+    deliveries.hold(session)
+    spawn(_give_rest(session, deliveries, comes), "what a router that is gone has stored for a session")
+
+
+async def _give_rest(session: Session, deliveries: Deliveries, comes: Callable[[], bool]) -> None:
+    try:
+        await asyncio.sleep(WRITTEN)
+        while comes():  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(LOOK)
+        await deliveries.read_again(session)
+    finally:
+        deliveries.release(session)
 
 
 class Stranded:

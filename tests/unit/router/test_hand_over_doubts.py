@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.router import adoption, hand_over, peers
+from services.router import adoption, hand_over, peers, stranded
 from services.router.sessions import Session
 from tests.unit.router.nodes import DRAINING, UP, Client, Nodes, at_home, at_once, away, running, soon
 from tidings.xmpp import ns
@@ -53,6 +53,21 @@ async def test_an_adoption_that_was_committed_unknown_to_all_is_found_done(tmp_p
         nodes.databases["b"].behind = once(away)
         nodes.tell(a=UP, b=UP)
         await is_whole(nodes, "b", *clients, epoch=2)
+
+
+async def test_a_session_is_taken_back_from_a_router_that_died_as_it_had_adopted_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came to that one for the session is stored, and goes before what comes now."""
+    monkeypatch.setattr(stranded, "WRITTEN", 0.02)
+    async with running(tmp_path, "a", "b") as nodes:
+        juliet, romeo = await moving(nodes)
+        nodes.late("b")
+        nodes.tell(a=UP, b=UP)
+        await nodes.moves(juliet.name, "b")
+        await nodes.kill("b")
+        await is_whole(nodes, "a", juliet, romeo, epoch=3)
+        assert not juliet.closed
 
 
 async def test_an_adoption_that_did_not_happen_leaves_the_session_where_it_is(

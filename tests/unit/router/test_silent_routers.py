@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from services.router import stranded
 from services.router.messages import CLAIMED
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
-from services.router.stranded import Stranded
+from services.router.stranded import Stranded, rest_first
 from tests.unit.router.memory_router import HOST, MemoryRouter, message, until, view
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
@@ -69,6 +70,20 @@ async def test_it_is_given_though_later_messages_were_when_that_router_says_that
     await router.send(await router.session("nurse"), message("4", juliet.jid_text))
     await until(lambda: len(got(router, juliet)) > 3)
     assert got(router, juliet) == ["1", "3", "2", "4"], "once"
+
+
+async def test_what_a_router_that_died_in_a_hand_over_had_taken_goes_before_what_comes_now(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stranded, "WRITTEN", 0.02)
+    juliet = await stored_elsewhere(router)
+    arrivals = [juliet]
+    rest_first(juliet, router.routing.deliveries, router.tasks.spawn, lambda: juliet in arrivals)
+    await router.send(await router.session("nurse"), message("4", juliet.jid_text))
+    arrivals.clear()
+    await until(lambda: len(got(router, juliet)) > 3)
+    assert got(router, juliet) == ["1", "3", "2", "4"]
+    assert juliet.held is None
 
 
 async def test_it_is_looked_for_when_that_router_has_come_back(
