@@ -72,8 +72,7 @@ class SqlNodeStore:
         if not self._database.sqlite:
             # Committed by the server with the statement: a node that is cut off in the midst of a transaction would
             # leave its row locked, and nobody could declare it dead.
-            async with self._database.read() as connection:
-                await connection.execution_options(isolation_level="AUTOCOMMIT")
+            async with self._database.at_once() as connection:
                 if (await connection.execute(update.where(*here, present == state.value))).rowcount:
                     return True
 

@@ -81,8 +81,8 @@ async def test_a_beat_locks_its_row_no_longer_than_its_statement_takes(mysql: Da
                     looked.append(cursor.fetchone())
                 other.rollback()
 
-        assert mysql._engine is not None
-        event.listen(mysql._engine.sync_engine, "after_cursor_execute", executed)
+        assert mysql._at_once is not None
+        event.listen(mysql._at_once.sync_engine, "after_cursor_execute", executed)
         assert await store.beat(N1.hostname, "i1", NodeState.UP, 0, 0)
     assert looked == [(2,)]
 

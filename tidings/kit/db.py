@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import random
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import aiomysql
 import sqlalchemy as sa
@@ -109,6 +109,8 @@ class Database:
         self.url = url
         self._connections = connections
         self._engine: AsyncEngine | None = None
+        # For what is committed statement by statement.
+        self._at_once: AsyncEngine | None = None
         self._tasks = Tasks()
         # SQLite has one writer; here they wait in order instead of trying again and again.
         self._writer = asyncio.Lock()
@@ -128,7 +130,9 @@ class Database:
             return
         hosts = Hosts(self.url, self._moved)
         self._engine = _mysql_engine(self.url, self._connections)
+        self._at_once = _mysql_engine(self.url, 1, "AUTOCOMMIT")
         hosts.attach(self._engine)
+        hosts.attach(self._at_once)
         if len(self.url.hosts) > 1:
             self._tasks.spawn(hosts.watch(), "database: watch its hosts")
 
@@ -138,9 +142,10 @@ class Database:
 
     async def stop(self) -> None:
         await self._tasks.stop()
-        if self._engine is not None:
-            await self._engine.dispose()
-            self._engine = None
+        for engine in (self._engine, self._at_once):
+            if engine is not None:
+                await engine.dispose()
+        self._engine = self._at_once = None
 
     async def ping(self) -> None:
         """Raises DatabaseAway when the database does not answer."""
@@ -164,6 +169,19 @@ class Database:
                 yield connection
                 # Here, for what closes the connection has no time limit.
                 await connection.rollback()
+
+    @asynccontextmanager
+    async def at_once(self) -> AsyncIterator[AsyncConnection]:
+        """A connection of MySQL to write with; the server commits each statement with itself, so that nothing stays
+        locked when nobody hears of us any more. Raises DatabaseAway.
+
+        It has a pool of one: to change a connection's way back and forth costs three round trips, and one that fails
+        at that would be lost to its pool.
+        """
+        assert self._at_once is not None, "the database is not started, or is SQLite"
+        with _translated():
+            async with self._in_time(STATEMENT_TIMEOUT), self._at_once.connect() as connection:
+                yield connection
 
     @asynccontextmanager
     async def write(self, timeout: float = STATEMENT_TIMEOUT, causal: bool = False) -> AsyncIterator[AsyncConnection]:
@@ -313,13 +331,15 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
     return engine
 
 
-def _mysql_engine(url: DatabaseUrl, connections: int) -> AsyncEngine:
+def _mysql_engine(
+    url: DatabaseUrl, connections: int, isolation_level: Literal["READ COMMITTED", "AUTOCOMMIT"] = "READ COMMITTED"
+) -> AsyncEngine:
     host, port = url.hosts[0]
     return create_async_engine(
         sa.URL.create("mysql+aiomysql", url.user, url.password, host, port, url.database),
         pool_size=min(POOL_SIZE, connections), max_overflow=max(0, connections - POOL_SIZE),
         pool_timeout=POOL_TIMEOUT, pool_recycle=600,
-        isolation_level="READ COMMITTED",
+        isolation_level=isolation_level,
         # Each use of a connection ends its transaction itself: a rollback behind a commit would cost a round trip.
         pool_reset_on_return=None,
         connect_args={"charset": "utf8mb4", "init_command": _BOUNDS},
