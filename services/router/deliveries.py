@@ -409,7 +409,7 @@ class Deliveries:
 
     def told(self, session: Session) -> None:
         """Its connector knows that it is bound: if its client sends no presence, it gets them after a moment."""
-        if session.held is not None and not session.holds and session.settling is None:
+        if is_settling(session) and session.settling is None:
             self._wait_for_presence(session, PATIENCE)
 
     def _settled(self, session: Session, left: int) -> None:
@@ -464,6 +464,11 @@ def _stop_settling(session: Session) -> None:
     if session.settling is not None:
         session.settling.cancel()
         session.settling = None
+
+
+def is_settling(session: Session) -> bool:
+    """Whether a session was only just bound: messages for it wait for its first presence."""
+    return session.held is not None and not session.holds
 
 
 def wants_stored(session: Session) -> bool:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from services.router.deliveries import REQUESTS
+from services.router.deliveries import REQUESTS, is_settling
 from services.router.peers import Failed, Peers
 from services.router.session_record import record_of
 from services.router.sessions import Session, Sessions
@@ -161,7 +161,7 @@ class HandOver:
 
     async def _try(self, session: Session, node: Node, link: ConnectorLink | None) -> bool:
         """Whether the session is the other router's now. One without a stream waits for its client there."""
-        if session.held is not None and not session.holds:
+        if is_settling(session):
             return False  # what comes for it waits for its first presence, behind which it gets what is stored
         number = session.stream
         if not await self._binding.is_reachable(session) or not self._is_here(session):

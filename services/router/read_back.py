@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
-from services.router.deliveries import Deliveries, wants_stored
+from services.router.deliveries import Deliveries, is_settling, wants_stored
 from services.router.messages import Kept, MessageStore, written
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.db import DatabaseAway
@@ -91,6 +91,8 @@ class ReadBack:
 
     async def read_again(self, session: Session) -> None:
         """What the session's former router has stored as given to it."""
+        if is_settling(session):
+            return  # it has had none; and what is held back for it must not go ahead of what is stored
         while self._deliveries.accepts(session) and not await self._give_rest(session):  # noqa: ASYNC110 - a retry
             await asyncio.sleep(RETRY)
 

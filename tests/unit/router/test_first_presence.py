@@ -96,6 +96,18 @@ def got(router: MemoryRouter, session: Session) -> list[str]:
 # --- what is held, and what is stored ---
 
 
+async def test_a_router_that_has_come_back_makes_nothing_go_ahead_of_what_is_stored(router: MemoryRouter) -> None:
+    """Then sessions look for what it had stored for them; one that is only just bound has had no other router."""
+    romeo = await router.session("romeo")
+    await send(router, romeo, "1", JULIET)
+    juliet = await bound(router)
+    await send(router, romeo, "2", juliet.jid)
+    await router.routing.deliveries.read_again(juliet)
+    assert got(router, juliet) == []
+    await router.send(juliet, presence())
+    await until(lambda: got(router, juliet) == ["1", "2"])
+
+
 @pytest.mark.parametrize("written", [False, True], ids=["not written", "written behind it"])
 async def test_what_was_held_goes_before_what_its_sender_sent_later_to_the_account(
     router: MemoryRouter, store: LateStore, written: bool
