@@ -330,8 +330,7 @@ class ClientStream:
         self.jid = bound.jid
         self.streams.bound(self)
         if bound.HasField("record") and self.link is not None:
-            self.copy = SessionCopy(self.link.node.incarnation)
-            self.copy.begin(bound.record, bound.ticket)
+            self.copy = SessionCopy.of(self.link.node.incarnation, bound)
         self._core.bound(Jid.parse(bound.jid), bound.reply)
 
     def _attached(self, attached: SessionAttached) -> None:

@@ -75,8 +75,7 @@ class Copies:
             return
         copy = self._copies.get(session)
         if which == "attached" and command.attached.HasField("record"):
-            copy = self._copies[session] = SessionCopy(link.node.incarnation)
-            copy.begin(command.attached.record, command.attached.ticket)
+            self._copies[session] = SessionCopy.of(link.node.incarnation, command.attached)
             self._brought.pop(session, None)  # what is answered to the one before is not for this one
         elif which == "forget":
             self._forget_of(link, session)
@@ -92,7 +91,7 @@ class Copies:
             moves = self._brought.get(session, (link, 0))[1] + 1
             router = command.moved.router_incarnation
             self._streams.spawn(self._bring(session, copy, "", router, moves), "a copy is brought to another router")
-        elif which == "close" and self._brought.get(session, (None, 0))[0] is link:
+        elif which == "close" and self._is_brought(session, link):
             # Another holder was earlier, or the session has ended.
             self.forget(session)
 
@@ -109,8 +108,7 @@ class Copies:
         which = command.WhichOneof("command")
         begun = getattr(command, which) if which in ("session_bound", "attached") else None
         if begun is not None and begun.HasField("record"):
-            copy = SessionCopy(link.node.incarnation)
-            copy.begin(begun.record, begun.ticket)
+            copy = SessionCopy.of(link.node.incarnation, begun)
             if copy.resumable and begun.record.id not in self._streams.by_session:
                 self.keep(begun.record.id, copy)
 
@@ -129,7 +127,10 @@ class Copies:
 
     def _needs(self, session: str, copy: SessionCopy, link: RouterLink) -> bool:
         """Whether a copy is of a session of that router, or was brought there and not taken yet."""
-        return copy.router == link.node.incarnation or self._brought.get(session, (None, 0))[0] is link
+        return copy.router == link.node.incarnation or self._is_brought(session, link)
+
+    def _is_brought(self, session: str, link: RouterLink) -> bool:
+        return self._brought.get(session, (None, 0))[0] is link
 
     def _surrender(self, link: RouterLink, session: str, router: str) -> None:
         """`router`: the one that does not answer. What another one has taken over by now stays there."""

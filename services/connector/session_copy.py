@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tidings.api.common.v1.session_pb2 import AskedIq, SessionRecord
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.api.router.v1.router_pb2 import SessionProgress
+from tidings.api.router.v1.router_pb2 import SessionAttached, SessionBound, SessionProgress
 from tidings.kit.module import IQ, MESSAGE, NONZA
 
 if TYPE_CHECKING:
@@ -86,6 +86,13 @@ class SessionCopy:
         self._taken: dict[str, int] = {}
         self._since: dict[str, int] = {}
         self._asked: dict[tuple[str, str], float] = {}
+
+    @classmethod
+    def of(cls, router: str, begun: SessionBound | SessionAttached) -> SessionCopy:
+        """One that begins with what its router says, which has the record in it."""
+        copy = cls(router)
+        copy.begin(begun.record, begun.ticket)
+        return copy
 
     @property
     def is_whole(self) -> bool:

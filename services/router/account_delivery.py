@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from services.router import delivery
@@ -141,14 +140,8 @@ class AccountDelivery:
         return None if self._sessions.arrival(item.account) is None else self._taken_when_arrived(item)
 
     async def _taken_when_arrived(self, item: Item) -> None:
-        await self._arrived(item.account)
+        await self._sessions.arrived(item.account, SETTLED)
         item.taken = self.to_sessions_here(item.payload, item)
-
-    async def _arrived(self, account: str) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(SETTLED):
-                while (arrival := self._sessions.arrival(account)) is not None:
-                    await arrival.wait()
 
     @staticmethod
     def _comes_late(envelope: Envelope, item: Item, present: Sequence[Session]) -> bool:
@@ -224,7 +217,7 @@ class AccountDelivery:
                 self._forwarder.copies(item, Plan(nodes=elsewhere, certain=False), False)
                 return
             if self._own in nodes:
-                await self._arrived(item.account)
+                await self._sessions.arrived(item.account, SETTLED)
                 if self.to_sessions_here(item.payload, item):
                     return
             pending = self._nobody(item)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import secrets
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from services.router.messages import id_text
 from services.router.store import AccountStore, RosterStore
 from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.common.v1.stanza_pb2 import Envelope, Feed
@@ -273,8 +273,7 @@ class ComponentLinks:
 @lru_cache(maxsize=MAX_ORIGINS)
 def _origin(link: str, sender: str) -> str:
     """What one of the component's accounts sends is in order by itself."""
-    digest = hashlib.blake2b(sender.encode(), digest_size=16, key=link.encode()).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+    return id_text(hashlib.blake2b(sender.encode(), digest_size=16, key=link.encode()).digest())
 
 
 class Lanes:

@@ -38,11 +38,11 @@ class OutgoingLink:
         self.up = False
         # Notes of the strategy that found no room: they must not be lost.
         self._postponed: deque[tuple[Item, Sent]] = deque()
-        # What is in no numbered batch yet; then by batch; and what is being dealt with for longer.
+        # What is in no numbered batch yet; then by batch, and when that was sent; and what is being dealt with for
+        # longer, and whether the other router may have stood still before it said so.
         self._unnumbered: deque[Sent] = deque()
         self._batches: dict[int, list[Sent | None]] = {}
         self._sent_at: dict[int, float] = {}
-        # And whether it had been standing still when it said so.
         self._later: dict[tuple[int, int], tuple[Sent, bool]] = {}
         # By batch and place in it, what was taken and is not known to be safe; and the bytes of all that somebody
         # waits for.
@@ -147,8 +147,8 @@ class OutgoingLink:
                 # The session that it gives this to may be another router's by now.
                 self._unsafe_since[place[0]] = 0.0
                 self._forwarder.doubt_too(sent.item.flow, Doubt(sent.node, silent=True))
-            else:
-                self._unsafe_since.setdefault(place[0], time.monotonic())
+            elif place[0] not in self._unsafe_since:
+                self._unsafe_since[place[0]] = time.monotonic()
         self._forwarder.taken(sent, content)
 
     def is_silent(self, moment: float) -> bool:

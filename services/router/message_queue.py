@@ -131,9 +131,9 @@ class WriteQueue:
                 # What was not tried is marked too: another may have written the same message.
                 self._mark(acknowledged)
 
-    def mark_again(self, ids: Iterable[bytes]) -> None:
-        """Marks that were early are tried again, unless they were forgotten since."""
-        self.mark([id_ for id_ in ids if id_ in self._early])
+    def still_early(self, ids: Iterable[bytes]) -> list[bytes]:
+        """Those that are to be marked again: the others were forgotten since `early`, or have found their message."""
+        return [id_ for id_ in ids if id_ in self._early]
 
     def marked(self) -> set[bytes]:
         """What is acknowledged, and not yet known to be written so."""

@@ -77,12 +77,14 @@ class MessageWriter:
         if self.queue.messages in (1, GROUP):
             self._woken.set()
 
-    def mark(self, ids: Iterable[bytes], again: bool = False) -> None:
-        """`again`: marks that have found no message before."""
+    def mark(self, ids: Iterable[bytes]) -> None:
         wake = not self.queue.marks
-        (self.queue.mark_again if again else self.queue.mark)(ids)
+        self.queue.mark(ids)
         if wake and self.queue.marks:
             self._woken.set()
+
+    def _mark_again(self, ids: Iterable[bytes]) -> None:
+        self.mark(self.queue.still_early(ids))
 
     async def _write_groups(self) -> None:
         most = GROUP
@@ -150,7 +152,7 @@ class MessageWriter:
             log.info("messages_are_written_again")
         self.away = False
         for wait, early in self.queue.early(missing).items():
-            asyncio.get_running_loop().call_later(EARLY * wait, self.mark, early, True)
+            asyncio.get_running_loop().call_later(EARLY * wait, self._mark_again, early)
         self.queue.written(missing)
         return True
 

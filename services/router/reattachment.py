@@ -19,7 +19,7 @@ from services.router.deliveries import is_tracked, wants_stored
 from services.router.hand_over import MAX_MOVES
 from services.router.routing_fields import fill
 from services.router.session_record import session_of
-from services.router.sessions import DOUBTFUL, Session, Sessions
+from services.router.sessions import Session, Sessions
 from services.router.store import SessionRow, SessionTable
 from services.router.taken_over import TAKEN, taken
 from tidings.cluster.forwarding import Item, Mode
@@ -153,8 +153,7 @@ class Reattachment:
                 if gone is not None:
                     # Its row was taken from it without our noticing.
                     await self.dismiss(gone)
-            session.doubtful = True
-            session.notes[DOUBTFUL] = b"1"
+            session.doubt()
             self._begin(link, stream, session, record)
         self._spawn(self._until_certain(session, row.router), "a router from which a session was taken over")
         return session

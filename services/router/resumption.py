@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from services.router.held import own_copy
@@ -207,7 +206,8 @@ class Resumption:
             if row is None:
                 return ""
             if row.router == self._own:
-                await self._arrived(str(stream.account), ends)
+                # It may be coming from there just now.
+                await self._sessions.arrived(str(stream.account), ends - asyncio.get_running_loop().time())
                 return ""
             if row.router != asked:
                 if await self.answers(row.router, SILENCE):
@@ -217,14 +217,6 @@ class Resumption:
                 self.surrender(id_, asked)
             await asyncio.sleep(LOOK)
         return ""
-
-    async def _arrived(self, account: str, ends: float) -> None:
-        """Waits for sessions of an account that come from another router just now: their rows are ours already."""
-        arrival = self._sessions.arrival(account)
-        if arrival is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(ends):
-                    await arrival.wait()
 
     def _go_on(self, stream: Negotiation, session: Session, h: int) -> None:
         """5: what the client has not confirmed is sent again, behind <resumed/>. Raises TooHigh."""

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,11 @@ class Session:
         # were given: what the store says was given to it may not have been.
         self.doubtful = False
 
+    def doubt(self) -> None:
+        """It is doubtful from now on, wherever it goes."""
+        self.doubtful = True
+        self.notes[DOUBTFUL] = b"1"
+
     def changed(self) -> None:
         """Its copies, if there are any, are to follow."""
         holder, link = self.holder, self.link
@@ -182,6 +187,13 @@ class Sessions:
     def arrival(self, account: str) -> asyncio.Event | None:
         """What is set when the sessions are here that come for an account just now; None when none does."""
         return self._arriving[account][1] if account in self._arriving else None
+
+    async def arrived(self, account: str, seconds: float) -> None:
+        """Waits until no session comes for an account, for so long at the most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (arrival := self.arrival(account)) is not None:
+                    await arrival.wait()
 
     def add(self, session: Session) -> None:
         sessions = self._by_account.setdefault(session.account, {})

@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from services.router.sessions import DOUBTFUL
 from tidings.cluster.node import NodeState
 from tidings.cluster.view import ClusterView
 
@@ -29,8 +28,7 @@ def rest_first(
 ) -> None:
     """A router has died in the midst of a hand-over: what it has taken for the session, and stored, goes before
     anything that comes from now on. `comes`: whether the session is still on its way here."""
-    session.doubtful = True
-    session.notes[DOUBTFUL] = b"1"
+    session.doubt()
     deliveries.hold(session)
     spawn(_give_rest(session, deliveries, comes), "what a router that is gone has stored for a session")
 

@@ -362,7 +362,7 @@ def test_a_mark_that_finds_no_message_is_tried_again_for_two_minutes() -> None:
             waits.append(wait)
             assert id_ in queue.unmatched, "who takes the session over must know"
             assert id_ in queue.marked(), "it is not offered here meanwhile"
-            queue.mark_again(ids)
+            queue.mark(queue.still_early(ids))
     assert waits == [1] * 10 + [2, 4, 8, 16, 32, 64]
 
 
@@ -375,7 +375,7 @@ def test_marks_that_were_forgotten_among_too_many_are_not_tried_again(monkeypatc
     again = queue.early(ids)
     queue.written(ids)
     assert again == {1: ids}
-    queue.mark_again(again[1])
+    queue.mark(queue.still_early(again[1]))
     assert queue.take(1, 1, 3)[1] == ids[1:]
 
 
