@@ -225,9 +225,9 @@ class AccountDelivery:
                 await pending
         except (StanzaError, JidError, DatabaseAway) as error:
             if item.payload.kind != PRESENCE:
-                self._answers.refuse(item.payload, error)
+                self._answers.refuse(item.payload, error, waiter=item.waiter)
         except Exception:
-            self._answers.failed(item.payload)
+            self._answers.failed(item.payload, item.waiter)
 
     async def _by_table_in_time(self, item: Item) -> set[str]:
         """The same; but nobody can be told that an answer does not arrive: it waits for the database. Raises
@@ -257,20 +257,21 @@ class AccountDelivery:
         addressed = Addressed.FULL_ABSENT if item.resource else Addressed.BARE_ABSENT
         action = delivery.decide(kind, envelope.type, addressed)
         if action is Action.STORE:
-            return self._store(envelope, Jid.parse(item.account))
+            return self._store(item, Jid.parse(item.account))
         if action is Action.BOUNCE:
             raise StanzaError("service-unavailable")
         return None
 
-    async def _store(self, envelope: Envelope, account: Jid) -> None:
+    async def _store(self, item: Item, account: Jid) -> None:
+        envelope, waiter = item.payload, item.waiter
         try:
             if await self._accounts.exists(account.domain, account.local):
                 for handler in self._hooks.undelivered:
                     kept = handler(Stanza(envelope))
                     if kept is True or (kept is not False and await kept):
                         return
-            self._answers.refuse(envelope, StanzaError("service-unavailable"))
+            self._answers.refuse(envelope, StanzaError("service-unavailable"), waiter=waiter)
         except (StanzaError, DatabaseAway) as error:
-            self._answers.refuse(envelope, error)
+            self._answers.refuse(envelope, error, waiter=waiter)
         except Exception:
-            self._answers.failed(envelope)
+            self._answers.failed(envelope, waiter)

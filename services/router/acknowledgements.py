@@ -122,8 +122,7 @@ class Acknowledgements:
 
     def _safe(self, session: Session) -> None:
         session.changed()
-        if session.withheld is not None:
-            self._deliveries.let_go(session)
+        self._deliveries.let_go(session)
         if session.asks and session.id not in self._owed:
             if not self._owed:
                 # One commit makes many safe: they are told of together.

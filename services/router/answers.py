@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from services.router.deliveries import Deliveries
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.cluster.flows import Waiter
 from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KIND_NAMES, PRESENCE, Stanza, Where
@@ -45,15 +46,17 @@ class Answers:
         components: Components,
         deliveries: Deliveries,
         step: Callable[[], AbstractAsyncContextManager[None]],
-        elsewhere: Callable[[Envelope, Jid], None],
+        waiter: Callable[[Envelope], Waiter | None],
+        elsewhere: Callable[[Envelope, Jid, Waiter | None], None],
     ) -> None:
-        """`step`: what a handler sends within it has arrived when it ends. `elsewhere`: sends an answer to somebody
-        who has no session here."""
+        """`step`: what a handler sends within it has arrived when it ends. `waiter`: who waits until a message of a
+        session here is safe. `elsewhere`: sends an answer to somebody who has no session here."""
         self._sessions = sessions
         self._hooks = hooks
         self._components = components
         self._deliveries = deliveries
         self._step = step
+        self._waiter = waiter
         self._elsewhere = elsewhere
         # Errors that were sent, for metrics.
         self.bounced = 0
@@ -96,10 +99,13 @@ class Answers:
                 # It has its answer; an error would be a second one.
                 log.exception("work_after_answer_failed", children=list(envelope.children))
 
-    def refuse(self, envelope: Envelope, error: Exception, asker: Session | None = None) -> None:
+    def refuse(
+        self, envelope: Envelope, error: Exception, asker: Session | None = None, waiter: Waiter | None = None
+    ) -> None:
         """Sends an error back, unless that is forbidden (RFC 6120 8.3.1: none in answer to an error).
 
-        `asker`: the session that sent it, when nobody has noted yet that it waits for an answer.
+        `asker`: the session that sent it, when nobody has noted yet that it waits for an answer. `waiter`: who waits
+        at another router until the stanza is safe: it is when the error is there.
         """
         if isinstance(error, DatabaseAway):
             error = StanzaError("resource-constraint", "the server's storage does not answer", type="wait")
@@ -112,30 +118,37 @@ class Answers:
             return
         self.bounced += 1
         raw = error_stanza(_name(envelope), envelope.id, error, from_=envelope.to_jid, to=envelope.from_jid)
-        self._reply(envelope, "error", raw, asker)
+        self._reply(envelope, "error", raw, asker, waiter)
 
-    def failed(self, envelope: Envelope) -> None:
+    def failed(self, envelope: Envelope, waiter: Waiter | None = None) -> None:
         """Called while an exception is handled that nobody has foreseen."""
         log.exception("stanza_failed", kind=_name(envelope), children=list(envelope.children))
-        self.refuse(envelope, StanzaError("internal-server-error"))
+        self.refuse(envelope, StanzaError("internal-server-error"), waiter=waiter)
 
-    def _reply(self, envelope: Envelope, type_: str, raw: bytes, asker: Session | None = None) -> None:
+    def _reply(
+        self, envelope: Envelope, type_: str, raw: bytes, asker: Session | None = None, waiter: Waiter | None = None
+    ) -> None:
         """Sends an answer to whoever sent the stanza; what can't be delivered then is dropped."""
         if not envelope.from_jid:
             return  # the server itself sent it: a roster push, for example
         reply = Envelope(
             kind=envelope.kind, type=type_, id=envelope.id,
-            from_jid=envelope.to_jid, to_jid=envelope.from_jid, stanza=raw,
+            from_jid=envelope.to_jid, to_jid=envelope.from_jid, stanza=raw, answers=envelope.number,
         )  # fmt: skip
         if asker is not None:
             self._deliveries.deliver(asker, reply)
             return
         to = Jid.parse(envelope.from_jid)
         session = self._sessions.of(str(to.bare)).get(to.resource)
-        if session is not None:
-            self._deliveries.to_session(session, reply)
-        else:
-            self._elsewhere(reply, to)
+        if session is None:
+            self._elsewhere(reply, to, waiter)
+            return
+        self._deliveries.to_session(session, reply)
+        sender = self._waiter(envelope) if session.id == envelope.origin else None
+        if sender is not None:
+            # A message that comes back is stored nowhere: it is safe when its error is where the session goes on
+            # from.
+            self._deliveries.when_copied(session, sender.settle)
 
 
 def _name(envelope: Envelope) -> str:

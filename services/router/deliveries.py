@@ -9,9 +9,10 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from services.router.held import before, by_sender, is_behind, is_long, keep, keep_answer, own_copy
+from services.router.held import before, by_sender, is_behind, is_long, keep, own_copy
 from services.router.iq_deadlines import IqDeadlines
 from services.router.sessions import BEHIND, Session, Sessions, when_copied
+from services.router.withheld import Withheld, awaited
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, MESSAGE
@@ -83,7 +84,10 @@ class Deliveries:
     def to_session(self, session: Session, envelope: Envelope) -> None:
         """Gives a stanza to a session, behind what is held back for it; what it has had already is dropped. A message
         that finds no room stays in the store (`takes`)."""
-        if session.behind is not None:
+        if envelope.answers and session.early is None:
+            # Ahead of what is held back: it would be lost with that, and what it answers counts as dealt with.
+            self._answer(session, envelope)
+        elif session.behind is not None:
             self._put_behind(session, session.behind, envelope)
         elif envelope.kind == MESSAGE and self._is_full(session) and self._is_stored(session, envelope):
             self._put_behind(session, self.fall_behind(session), envelope)
@@ -122,7 +126,7 @@ class Deliveries:
             and session.early is None
             and session.frozen is None
             and not session.closed
-            and not self._is_withheld(session, envelope)
+            and not self._waits_for(session, envelope)
         )
 
     def when_copied(self, session: Session, then: Callable[[], None]) -> None:
@@ -137,12 +141,21 @@ class Deliveries:
             when_copied(session, holder, partial(link.when_copied, then))
 
     def _give(self, session: Session, envelope: Envelope) -> None:
+        if envelope.kind == IQ and envelope.type not in REQUESTS:
+            self._answer(session, envelope)
+            return
         if envelope.kind == MESSAGE:
             session.fresh = False
-        elif envelope.kind == IQ and envelope.type not in REQUESTS and is_tracked(envelope.from_jid, session):
-            if not self.deadlines.answered(session, envelope):
-                return  # nobody asked, or was told already that there is no answer
         self.deliver(session, envelope)
+
+    def _answer(self, session: Session, envelope: Envelope) -> None:
+        number = envelope.answers
+        if envelope.kind == IQ and is_tracked(envelope.from_jid, session):
+            asked = self.deadlines.answered(session, envelope)
+            if asked is None:
+                return  # nobody asked, or was told already that there is no answer
+            number = asked.number
+        self.deliver(session, envelope, answers=number)
 
     def _is_new(self, session: Session, envelope: Envelope) -> bool:
         """Whether a session takes a stanza: of each sender, numbers rise."""
@@ -288,17 +301,18 @@ class Deliveries:
             self.deliver(session, envelope, id_)
         return done
 
-    def deliver(self, session: Session, envelope: Envelope, stored_as: bytes | None = None) -> None:
+    def deliver(self, session: Session, envelope: Envelope, stored_as: bytes | None = None, answers: int = 0) -> None:
         """Writes a stanza to a session's stream now, or, while it has none, as soon as it is resumed.
 
-        `stored_as`: the id of a message that comes from the store.
+        `stored_as`: the id of a message that comes from the store. `answers`: the number of what it answers, or 0.
         """
-        if self._is_withheld(session, envelope):
-            if session.withheld is None:
-                session.withheld = {}
-            keep_answer(session, session.withheld.setdefault(envelope.from_jid, deque()), envelope)
-        else:
+        if not (number := self._waits_for(session, envelope, answers)):
             self._write(session, envelope, stored_as)
+        elif session.withheld is not None and len(session.withheld) >= MAX_UNACKNOWLEDGED:
+            self._ends_full(session)
+        else:
+            session.withheld = session.withheld or Withheld()
+            session.withheld.add(own_copy(envelope), number)
 
     def _write(self, session: Session, envelope: Envelope, stored_as: bytes | None = None) -> None:
         if session.frozen is not None:
@@ -361,27 +375,17 @@ class Deliveries:
 
     # --- answers that say too much (a client without XEP-0198 takes them for acknowledgements) ---
 
-    def _is_withheld(self, session: Session, envelope: Envelope) -> bool:
-        """Whether a stanza waits until all is safe that the session has sent before: an answer, or what follows one
-        of the same sender."""
-        if session.inbound.counts or not self.withholds:
-            return False
-        if session.withheld is not None and envelope.from_jid in session.withheld:
-            return True
-        is_answer = envelope.type == "error" or (envelope.kind == IQ and envelope.type == "result")
-        return is_answer and session.inbound.safe_through < session.inbound.number
+    def _waits_for(self, session: Session, envelope: Envelope, answers: int = 0) -> int:
+        """The number up to which all must be safe that a session has sent, before it gets a stanza; or 0."""
+        return awaited(session, envelope, answers) if self.withholds and not session.inbound.counts else 0
 
     def let_go(self, session: Session) -> None:
         """More of what a session has sent is safe."""
-        withheld = session.withheld or {}
-        safe = session.inbound.safe_through
-        for sender, queue in list(withheld.items()):
-            while queue and queue[0][0] <= safe:
-                self._write(session, queue.popleft()[1])
-            if not queue:
-                del withheld[sender]
-        if not withheld:
-            session.withheld = None
+        if (withheld := session.withheld) is not None:
+            for envelope in withheld.take(session.inbound.safe_through):
+                self._write(session, envelope)
+            if not withheld:
+                session.withheld = None
 
     def is_open(self, session: Session) -> bool:
         """Whether what is delivered to a session now goes to its stream."""
@@ -484,7 +488,7 @@ def _confirms(session: Session) -> bool:
 
 def _given(session: Session) -> Iterator[Envelope | bytes]:
     """What a session was given, or is about to be, and has not confirmed."""
-    return (what for _, what in chain(session.outbound.queue, *(session.withheld or {}).values()))
+    return chain((what for _, what in session.outbound.queue), session.withheld or ())
 
 
 def is_tracked(other: str, session: Session) -> bool:

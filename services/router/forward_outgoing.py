@@ -141,7 +141,9 @@ class OutgoingLink:
         return self._sent_at.get(sequence, math.inf) < time.monotonic() - SLOW
 
     def _taken(self, place: tuple[int, int], sent: Sent, late: bool, content: bytes = b"") -> None:
-        if sent.waiter is not None:
+        if sent.waiter is not None and sent.item.payload.answers:
+            self._settle(sent)  # nothing is written for an error: it is where the session is
+        elif sent.waiter is not None:
             self._unsafe.setdefault(place[0], {})[place[1]] = sent
             if late:
                 # The session that it gives this to may be another router's by now.

@@ -33,13 +33,6 @@ def keep(session: Session, queue: deque[Envelope], envelope: Envelope) -> bool:
     return True
 
 
-def keep_answer(session: Session, queue: deque[tuple[int, Envelope]], envelope: Envelope) -> None:
-    if len(queue) < MAX_HELD:
-        queue.append((session.inbound.number, own_copy(envelope)))
-    else:
-        log.debug("held_queue_full", session=session.id, bound=MAX_HELD)
-
-
 def is_long(queue: deque[Envelope], most: int, most_bytes: int) -> bool:
     """Whether so much is in a queue. Its bytes are summed up now and then."""
     count = len(queue)

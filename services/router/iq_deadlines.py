@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import IQ
@@ -25,6 +25,14 @@ DEADLINE = 22.0
 LOOK = 1.0
 # Requests of one session that may wait at one time; stops a client from filling memory with questions.
 MAX_ASKED = 1000
+
+
+class Asked(NamedTuple):
+    """A request that waits for its answer: until when, and its number among what the session has sent (0: it came
+    with the session from another router)."""
+
+    due: float
+    number: int
 
 
 class IqDeadlines:
@@ -48,39 +56,45 @@ class IqDeadlines:
             raise StanzaError("resource-constraint", "too many requests wait for their answers", type="wait")
         key = envelope.to_jid, envelope.id
         session.asked.pop(key, None)  # one that is asked again goes behind the others
-        session.asked[key] = self._clock() + DEADLINE
+        session.asked[key] = Asked(self._clock() + DEADLINE, envelope.number)
         self._asking[session.id] = session
 
     def adopted(self, session: Session, left: Iterable[tuple[str, str, float]]) -> None:
         """A session came with requests under way: to whom, the id, and the seconds that are left."""
         now = self._clock()
         for to_jid, id_, seconds in left:
-            session.asked[to_jid, id_] = now + seconds
+            session.asked[to_jid, id_] = Asked(now + seconds, 0)
         if session.asked:
             self._asking[session.id] = session
 
     def left(self, session: Session) -> list[tuple[str, str, float]]:
         now = self._clock()
-        return [(to_jid, id_, max(0.0, due - now)) for (to_jid, id_), due in session.asked.items()]
+        return [(to_jid, id_, max(0.0, asked.due - now)) for (to_jid, id_), asked in session.asked.items()]
 
-    def answered(self, session: Session, envelope: Envelope) -> bool:
-        """An answer came; False when nobody waits for it any more."""
-        return session.asked.pop((envelope.from_jid, envelope.id), None) is not None
+    def answered(self, session: Session, envelope: Envelope) -> Asked | None:
+        """An answer came: to what; None when nobody waits for it any more."""
+        return session.asked.pop((envelope.from_jid, envelope.id), None)
 
     def look(self) -> None:
         """Answers what has waited too long."""
         now = self._clock()
         for session in list(self._asking.values()):
-            for (to_jid, id_), due in list(session.asked.items()):
+            for (to_jid, id_), (due, number) in list(session.asked.items()):
                 if due > now:
                     break
                 del session.asked[to_jid, id_]
                 error = StanzaError("remote-server-timeout", "no answer came in time", type="wait")
                 raw = error_stanza("iq", id_, error, from_=to_jid, to=session.jid_text)
-                self._answer(
-                    session,
-                    Envelope(kind=IQ, type="error", id=id_, from_jid=to_jid, to_jid=session.jid_text, stanza=raw),
+                answer = Envelope(
+                    kind=IQ,
+                    type="error",
+                    id=id_,
+                    from_jid=to_jid,
+                    to_jid=session.jid_text,
+                    stanza=raw,
+                    answers=number,
                 )
+                self._answer(session, answer)
             if not session.asked:
                 del self._asking[session.id]
 

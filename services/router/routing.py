@@ -25,6 +25,7 @@ from services.router.endings import Endings
 from services.router.notes import Notes
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.cluster.flows import Waiter
 from tidings.cluster.forwarding import Forwarder, Item, Mode, Sent
 from tidings.cluster.strategy import HERE, Plan, Strategy
 from tidings.cluster.view import ClusterView
@@ -87,7 +88,9 @@ class Routing:
         self.orphans: Orphans | None = None
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
         self.strategy: Strategy = None  # type: ignore[assignment]
-        self.answers = Answers(sessions, hooks, components, self.deliveries, self.step, self._reply_elsewhere)
+        self.answers = Answers(
+            sessions, hooks, components, self.deliveries, self.step, safety.waiter, self._reply_elsewhere
+        )
         self._at_account = AccountDelivery(
             own, sessions, hooks, accounts, table, safety, self.deliveries, self.answers, newer_view
         )
@@ -274,7 +277,9 @@ class Routing:
             raise StanzaError("service-unavailable")
         return None
 
-    def _to_account(self, envelope: Envelope, to: Jid, session: Session | None) -> Pending:
+    def _to_account(
+        self, envelope: Envelope, to: Jid, session: Session | None, waiter: Waiter | None = None
+    ) -> Pending:
         account = to.bare_text
         sender = session.account if session is not None else envelope.from_jid.partition("/")[0]
         flow = (sender, account)
@@ -289,7 +294,10 @@ class Routing:
             # The session's own roster and the like are dealt with where the session is, also while it is not at its
             # home: only there modules see whose it is.
             return self.decide(Item(flow, account, "", envelope, origin=session), HERE)
-        waiter = self.safety.waiter(envelope) if kind == MESSAGE else None
+        if waiter is not None:
+            waiter.expect()
+        elif kind == MESSAGE:
+            waiter = self.safety.waiter(envelope)
         item = Item(flow, account, to.resource, envelope, origin=session, waiter=waiter)
         pending: Pending = self.forwarder.run(item)
         if pending is not None and (
@@ -352,9 +360,9 @@ class Routing:
                     return self._deliver_after(rest, item, plan)
             return self._at_account.deliver(item, plan)
         except (StanzaError, JidError) as error:
-            self.answers.refuse(envelope, error)
+            self.answers.refuse(envelope, error, waiter=item.waiter)
         except Exception:
-            self.answers.failed(envelope)
+            self.answers.failed(envelope, item.waiter)
         return None
 
     def _may_be_elsewhere(self, account: str) -> bool:
@@ -396,7 +404,9 @@ class Routing:
 
     def overflowed(self, item: Item) -> None:
         self.answers.refuse(
-            item.payload, StanzaError("resource-constraint", "too much waits for that account", type="wait")
+            item.payload,
+            StanzaError("resource-constraint", "too much waits for that account", type="wait"),
+            waiter=item.waiter,
         )
 
     # --- what an account gets ---
@@ -411,17 +421,17 @@ class Routing:
                 if pending is not None:
                     await pending
         except (StanzaError, JidError, DatabaseAway) as error:
-            self.answers.refuse(envelope, error)
+            self.answers.refuse(envelope, error, waiter=item.waiter)
         except Exception:
-            self.answers.failed(envelope)
+            self.answers.failed(envelope, item.waiter)
 
-    def _reply_elsewhere(self, reply: Envelope, to: Jid) -> None:
-        """An answer for somebody who has no session here."""
+    def _reply_elsewhere(self, reply: Envelope, to: Jid, waiter: Waiter | None) -> None:
+        """An answer for somebody who has no session here; `waiter`: waits until it is there."""
         if to.domain not in self.hosts:
             self._components.send(to.domain, reply)
         elif self._at_account.others and to.local:
             # An answer is never refused, so nothing comes of waiting for it.
-            pending = self._to_account(reply, to, None)
+            pending = self._to_account(reply, to, None, waiter)
             if pending is not None:
                 self._spawn(pending, "answer to another router")
 

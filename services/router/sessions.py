@@ -18,6 +18,8 @@ from tidings.xmpp.stream_management import Inbound, Outbound
 
 if TYPE_CHECKING:
     from services.router.connector_link import ConnectorLink
+    from services.router.iq_deadlines import Asked
+    from services.router.withheld import Withheld
     from tidings.api.common.v1.stanza_pb2 import Envelope
 
 # The note of a session that is behind: messages wait for it in the store, wherever it goes (see deliveries.py).
@@ -86,16 +88,16 @@ class Session:
         # Seconds for which it waits for its client; 0: it ends with its stream. And what ends that waiting.
         self.resume_seconds = 0
         self.waits: asyncio.TimerHandle | None = None
-        # Of a client without XEP-0198: the delivery that a ping has asked about; and by sender, answers that wait
-        # until what it has sent before is safe.
+        # Of a client without XEP-0198: the delivery that a ping has asked about; and answers that wait until what it
+        # has sent before is safe.
         self.pinged = 0
-        self.withheld: dict[str, deque[tuple[int, Envelope]]] | None = None
+        self.withheld: Withheld | None = None
         # The last number that it took from each session that sent it something, so that hops may repeat.
         self.taken: dict[str, int] = {}
         # And the first one: what that one has sent before was not given to this session.
         self.since: dict[str, int] = {}
-        # IQ requests that wait for an answer, with the time when that is over (see iq_deadlines.py).
-        self.asked: dict[tuple[str, str], float] = {}
+        # IQ requests that wait for an answer (see iq_deadlines.py).
+        self.asked: dict[tuple[str, str], Asked] = {}
         # What the row of the session says.
         self.seen_available = True
         # It is being handed over; what is delivered to it meanwhile; and, where it goes, what is routed to it before

@@ -42,6 +42,7 @@ class Link:
     incarnation = "c1"
     name = "c1"
     location = ""
+    local = False
 
     def __init__(self) -> None:
         self.written: list[tuple[str, Envelope]] = []
@@ -61,6 +62,12 @@ class Link:
 
     def progress(self, session: Session) -> None:
         """Its copy is to follow: there is none here."""
+
+    def tell_progress(self) -> None:
+        """The same, at once."""
+
+    def when_copied(self, then: Callable[[], None]) -> None:
+        then()
 
     def close(self, stream: int, condition: str, text: str = "", application: bytes = b"") -> None:
         self.closed.append((stream, condition))

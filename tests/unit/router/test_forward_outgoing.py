@@ -80,3 +80,21 @@ async def test_nothing_goes_elsewhere_past_what_a_router_takes_late_until_that_i
     links.forwarder.doubt({})
     assert links.to_b == ["2"]
     running.cancel()
+
+
+async def test_an_error_that_another_router_has_taken_is_safe_for_nothing_is_written_for_it() -> None:
+    links = Links()
+    waiter = Waits()
+    written: list[Any] = []
+
+    async def write(batch: Any) -> None:
+        written.append(batch)
+
+    running: asyncio.Task[None] = asyncio.ensure_future(links.a.outbox.run(write))
+    error = Envelope(kind=MESSAGE, type="error", id="1", to_jid=ROMEO, answers=7, stanza=b"<message/>")
+    links.forwarder.run(Item((JULIET, ROMEO), ROMEO, "", error, waiter=waiter))
+    await until(lambda: len(written) == 1)
+    assert waiter.things == 2
+    links.a.receive(ForwardResponse(received_through=1, safe_through=1))
+    assert waiter.things == 0
+    running.cancel()

@@ -138,6 +138,7 @@ class Envelope(google.protobuf.message.Message):
     REFUSALS_SEEN_FIELD_NUMBER: builtins.int
     PROMPT_FIELD_NUMBER: builtins.int
     ANSWERED_FIELD_NUMBER: builtins.int
+    ANSWERS_FIELD_NUMBER: builtins.int
     origin: builtins.str
     """Who sent it: the session id, or the instance id of a component. Unset: a service itself."""
     origin_epoch: builtins.int
@@ -191,6 +192,10 @@ class Envelope(google.protobuf.message.Message):
     session: what the client may repeat, and its router has dealt with and made safe. Either keeps its place among
     what the client has sent, and is not dealt with again.
     """
+    answers: builtins.int
+    """What a router says itself of a stanza of the session that this goes to: the number of that stanza. It goes ahead of
+    what waits for the session. Unset on all else.
+    """
     @property
     def children(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The names of the top-level children: the plain local name in jabber:client, `{namespace}name` else."""
@@ -225,8 +230,9 @@ class Envelope(google.protobuf.message.Message):
         refusals_seen: builtins.int = ...,
         prompt: builtins.bool = ...,
         answered: builtins.bool = ...,
+        answers: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "forwarding", b"forwarding", "from_jid", b"from_jid", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "prompt", b"prompt", "received_unix_ms", b"received_unix_ms", "refusals_seen", b"refusals_seen", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to_jid", b"to_jid", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "answers", b"answers", "archive_ids", b"archive_ids", "children", b"children", "delivery", b"delivery", "feed", b"feed", "forwarding", b"forwarding", "from_jid", b"from_jid", "hops", b"hops", "id", b"id", "kind", b"kind", "number", b"number", "origin", b"origin", "origin_epoch", b"origin_epoch", "prompt", b"prompt", "received_unix_ms", b"received_unix_ms", "refusals_seen", b"refusals_seen", "stanza", b"stanza", "target", b"target", "target_epoch", b"target_epoch", "to_jid", b"to_jid", "trace_context", b"trace_context", "type", b"type", "view_version", b"view_version"]) -> None: ...
 
 global___Envelope = Envelope
 
