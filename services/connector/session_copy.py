@@ -168,10 +168,15 @@ class SessionCopy:
 
     def sent(self, sent: Sent) -> None:
         self._sent.append(sent)
-        if sent.kind == IQ and sent.type in REQUESTS and sent.to:
+        if sent.kind == IQ and sent.type in REQUESTS and sent.to and not sent.answered and not self._repeats(sent):
             if len(self._asked) >= MAX_ASKED:
                 del self._asked[next(iter(self._asked))]
             self._asked[sent.to, sent.id] = time.monotonic()
+
+    def _repeats(self, sent: Sent) -> bool:
+        """Whether it is sent again, and had been dealt with: then an answer is waited for only if it was before."""
+        unconfirmed = self.record.unconfirmed if self.record is not None else ()
+        return any(one.answered and (one.kind, one.id, one.to_jid) == (IQ, sent.id, sent.to) for one in unconfirmed)
 
     def delivered(self, envelope: Envelope, raw: bytes) -> None:
         record, number, kind = self.record, envelope.number, envelope.kind

@@ -106,15 +106,18 @@ class Acknowledgements:
             return
         attributes = parse_stanza(envelope.stanza).attrs
         session.inbound.enable()
+        session.outbound.enable()
         most = int(self._resume_timeout(session.jid.domain))
         if most and is_true(attributes.get("resume", "")):
             session.resume_seconds = min(seconds_of(attributes.get("max", "")) or most, most)
+        if session.holder is not None:
+            # A copy that does not know of it is not kept when the client leaves now.
+            session.changed()
+            _tell_progress(link, session.holder)
+        if session.resume_seconds:
             link.write(session, enabled(session.id, session.resume_seconds, link.location))
         else:
             link.write(session, enabled())
-        session.outbound.enable()
-        if session.holder is not None:
-            session.changed()
         # At once: the node behind a client may die a moment after it has come.
         self.cover(session)
 
@@ -220,10 +223,14 @@ class Acknowledgements:
             self.look()
 
 
+def _tell_progress(link: ConnectorLink, holder: ConnectorLink) -> None:
+    holder.tell_progress()
+    link.tell_progress()
+
+
 def _tell_h(link: ConnectorLink, session: Session) -> None:
     if session.holder is not None:
         # What is told to be handled, a copy need not keep: it learns of that first.
-        session.holder.tell_progress()
-        link.tell_progress()
+        _tell_progress(link, session.holder)
     link.write(session, ack(session.inbound.h))
     session.asks = session.inbound.is_behind

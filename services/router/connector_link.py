@@ -204,12 +204,12 @@ class ConnectorLink:
             self._spawn(self._negotiator.reattachment.take(self, number, attach, sent), "take a session over")
 
     def _surrendered(self, session_id: str) -> None:
-        """Another router has the session; what waited for it here goes there. Nobody is told of an end."""
+        """Another router takes the session over; what waited for it here goes there. Nobody is told of an end."""
         session = self._sessions.get(session_id) or self._held.get(session_id)
         if session is not None:
             self._streams.pop(session.stream, None)
             session.closed = True
-            session.lane.run(self._negotiator.end, session)
+            session.lane.run(self._negotiator.resumption.surrendered, session)
 
     def closed(self) -> None:
         """The link is gone, and with it all its streams, and the copies at its other end."""
@@ -343,6 +343,7 @@ class ConnectorLink:
         if envelope.kind == NONZA:
             self._negotiator.acknowledgements.nonza(self, session, envelope)
         elif _verified(envelope, session.jid_text):
+            self._negotiator.routing.deliveries.deadlines.again(session, envelope)
             self._take(session, envelope, int(time.time() * 1000))
 
     def unbound(self, session: Session) -> None:

@@ -29,10 +29,14 @@ MAX_ASKED = 1000
 
 class Asked(NamedTuple):
     """A request that waits for its answer: until when, and its number among what the session has sent (0: it came
-    with the session from another router)."""
+    with the session from another router).
+
+    `again`: its router is gone, and it is about to be dealt with again; `answered`: it had its answer before that."""
 
     due: float
     number: int
+    again: bool = False
+    answered: bool = False
 
 
 class IqDeadlines:
@@ -50,14 +54,24 @@ class IqDeadlines:
         # Sessions with requests under way.
         self._asking: dict[str, Session] = {}
 
-    def asked(self, session: Session, envelope: Envelope) -> None:
-        """A request leaves for somebody else. Raises StanzaError when too many wait."""
+    def asked(self, session: Session, envelope: Envelope) -> bool:
+        """A request leaves for somebody else; False when it has had its answer already. Raises StanzaError when too
+        many wait."""
         if len(session.asked) >= MAX_ASKED:
             raise StanzaError("resource-constraint", "too many requests wait for their answers", type="wait")
         key = envelope.to_jid, envelope.id
-        session.asked.pop(key, None)  # one that is asked again goes behind the others
+        before = session.asked.pop(key, None)  # one that is asked again goes behind the others
+        if before is not None and before.answered:
+            return False
         session.asked[key] = Asked(self._clock() + DEADLINE, envelope.number)
         self._asking[session.id] = session
+        return True
+
+    def again(self, session: Session, envelope: Envelope) -> None:
+        """A stanza is to be dealt with again, when its turn comes."""
+        key = envelope.to_jid, envelope.id
+        if envelope.kind == IQ and key in session.asked:
+            session.asked[key] = session.asked[key]._replace(again=True)
 
     def adopted(self, session: Session, left: Iterable[tuple[str, str, float]]) -> None:
         """A session came with requests under way: to whom, the id, and the seconds that are left."""
@@ -69,20 +83,31 @@ class IqDeadlines:
 
     def left(self, session: Session) -> list[tuple[str, str, float]]:
         now = self._clock()
-        return [(to_jid, id_, max(0.0, asked.due - now)) for (to_jid, id_), asked in session.asked.items()]
+        return [
+            (to_jid, id_, max(0.0, asked.due - now))
+            for (to_jid, id_), asked in session.asked.items()
+            if not asked.answered
+        ]
 
     def answered(self, session: Session, envelope: Envelope) -> Asked | None:
         """An answer came: to what; None when nobody waits for it any more."""
-        return session.asked.pop((envelope.from_jid, envelope.id), None)
+        key = envelope.from_jid, envelope.id
+        asked = session.asked.pop(key, None)
+        if asked is None or not asked.again:
+            return asked
+        session.asked[key] = asked._replace(answered=True)
+        return None if asked.answered else asked
 
     def look(self) -> None:
         """Answers what has waited too long."""
         now = self._clock()
         for session in list(self._asking.values()):
-            for (to_jid, id_), (due, number) in list(session.asked.items()):
-                if due > now:
+            for (to_jid, id_), asked in list(session.asked.items()):
+                if asked.due > now:
                     break
                 del session.asked[to_jid, id_]
+                if asked.answered:
+                    continue
                 error = StanzaError("remote-server-timeout", "no answer came in time", type="wait")
                 raw = error_stanza("iq", id_, error, from_=to_jid, to=session.jid_text)
                 answer = Envelope(
@@ -92,7 +117,7 @@ class IqDeadlines:
                     from_jid=to_jid,
                     to_jid=session.jid_text,
                     stanza=raw,
-                    answers=number,
+                    answers=asked.number,
                 )
                 self._answer(session, answer)
             if not session.asked:

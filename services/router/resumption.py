@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from services.router.held import own_copy
@@ -131,6 +132,15 @@ class Resumption:
             if len(self._over) > MAX_OVER:
                 self._over.popitem(last=False)
 
+    async def surrendered(self, session: Session) -> None:
+        """Its copy was given to another router, which can't reach this one. It ends here when that one has it: its
+        row must not be removed before."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TAKE_OVER_TIMEOUT):
+                while self._sessions.get(session.id) is session and await self._is_ours(session):  # noqa: ASYNC110
+                    await asyncio.sleep(LOOK)
+        await self.end(session)
+
     # --- streams that resume ---
 
     async def resume(self, stream: Negotiation, request: Envelope) -> None:
@@ -205,6 +215,10 @@ class Resumption:
             row = next((row for row in await self._table.of_account(stream.account) if row.session == id_), None)
             if row is None:
                 return ""
+            session = self._sessions.get(id_)
+            if row.router == self._own and session is not None and session.closed:
+                await asyncio.sleep(LOOK)  # it ends, or another router is taking it over
+                continue
             if row.router == self._own:
                 # It may be coming from there just now.
                 await self._sessions.arrived(str(stream.account), ends - asyncio.get_running_loop().time())

@@ -162,6 +162,8 @@ class Routing:
         self.received += 1
         try:
             to = self._in_order(envelope, kind, session)
+            if to is None:
+                return None
         except (StanzaError, JidError) as error:
             self.answers.refuse(envelope, error, session)
             return None
@@ -183,9 +185,9 @@ class Routing:
             self.answers.failed(envelope)
             return None
 
-    def _in_order(self, envelope: Envelope, kind: int, session: Session) -> Jid:
-        """Where a stanza that is in order goes; an IQ request to somebody else waits for its answer from here on.
-        Raises StanzaError, JidError."""
+    def _in_order(self, envelope: Envelope, kind: int, session: Session) -> Jid | None:
+        """Where a stanza that is in order goes; None: it is an IQ request that has had its answer. One to somebody
+        else waits for it from here on. Raises StanzaError, JidError."""
         text = envelope.to_jid
         if text:
             to = Jid.parse(text)
@@ -196,7 +198,7 @@ class Routing:
         if kind != MESSAGE:
             _check(envelope)
             if kind == IQ and envelope.type in REQUESTS and is_tracked(envelope.to_jid, session):
-                self.deliveries.deadlines.asked(session, envelope)
+                return to if self.deliveries.deadlines.asked(session, envelope) else None
         return to
 
     def route(self, envelope: Envelope) -> Pending:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,53 @@ async def test_what_a_dead_router_had_stored_and_not_delivered_comes_first(tmp_p
             romeo.say(f"{juliet.name}@{HOST}{'/r' if number % 2 else ''}", number)
         await juliet.until("<body>60</body>")
         assert juliet.numbers() == list(range(1, 61))
+
+
+async def test_who_leaves_as_soon_as_it_may_resume_has_a_copy_that_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        romeo = await nodes.client("romeo", "a")
+        waits: list[bool] = []
+
+        def write(data: bytes) -> None:
+            if b"<enabled" in data:
+                waits.append(romeo.stream.copy is not None and romeo.stream.copy.resumable)
+
+        monkeypatch.setattr(romeo, "write", write)
+        romeo.send(f"<enable xmlns='{SM}' resume='true'/>")
+        await soon(lambda: waits == [True], "its copy knows")
+
+
+async def test_a_router_that_another_one_can_not_reach_ends_its_session_when_that_one_has_it(tmp_path: Path) -> None:
+    """Both live, and have the connector. A row that the first one removes before could not be taken over."""
+    async with running(tmp_path, "a", "b", strategy="broadcast") as nodes:
+        await nodes.up("a", "b")
+        romeo = await nodes.client("romeo", "a")
+        previous = await enabled(romeo)
+        romeo.disconnect()
+        await soon(lambda: nodes.session("a", "romeo").waits is not None, "it waits")  # type: ignore[union-attr]
+
+        async def cut(_router: str, _seconds: float) -> bool:
+            return False
+
+        changed = asyncio.Event()
+
+        async def behind() -> None:
+            changed.set()
+
+        async def slow() -> None:
+            """Until the other router has changed something, or does not."""
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), 0.3)
+
+        nodes.routers["b"]._negotiator.resumption.answers = cut
+        nodes.databases["a"].behind, nodes.databases["b"].before = behind, slow
+        nodes.prefers = "b"
+        again = await resumed(nodes, romeo, previous, h=0)
+        await nodes.is_at("b", "romeo")
+        assert not again.closed
 
 
 async def test_a_session_that_waits_for_its_client_goes_on_waiting_elsewhere(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""IQ requests that pass twice: sent again by a client that resumes, or dealt with again when a router has died. Each gets
+one answer, or one error (RFC 6120 8.2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from services.connector.session_copy import Sent, SessionCopy
+from services.router import iq_deadlines
+from services.router.session_record import record_of
+from services.router.sessions import Session
+from tests.unit.router.memory_router import MemoryRouter, iq
+from tidings.api.common.v1.session_pb2 import SessionRecord
+from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.kit.module import IQ
+from tidings.xmpp.jid import Jid
+from tidings.xmpp.stream_management import Sent as Counted
+
+ROMEO = Jid.parse("romeo@example.org/r")
+JULIET = "juliet@example.org/r"
+
+
+def nothing(_work: Any, _name: str) -> None: ...
+
+
+def request(id_: str, answered: bool = False) -> Sent:
+    return Sent(IQ, "get", id_, JULIET, ("ping",), b"<iq/>", answered)
+
+
+def waited_for(copy: SessionCopy) -> list[str]:
+    record = SessionRecord()
+    copy._whole(record)
+    return [one.id for one in record.asked]
+
+
+def test_a_copy_that_begins_in_the_midst_waits_for_no_answer_that_has_come() -> None:
+    copy = SessionCopy("r1")
+    copy.begin(record_of(Session(ROMEO, "en", None, 1, nothing), ()), b"")
+    copy.sent(request("1", answered=True))
+    copy.sent(request("2"))
+    assert waited_for(copy) == ["2"]
+
+
+def test_what_a_client_sends_again_is_waited_for_only_if_it_was_before() -> None:
+    """XEP-0198 5: it repeats what was not acknowledged; its router had dealt with the first two."""
+    session = Session(ROMEO, "en", None, 1, nothing)
+    session.inbound.enable()
+    for id_ in "123":
+        session.inbound.count(Counted(session.inbound.take(), IQ, id_, JULIET, b"<iq/>"))
+    session.inbound.settle(2)
+    session.inbound.settle(3)
+    session.inbound.resume()
+    copy = SessionCopy("r1")
+    copy.begin(record_of(session, [(JULIET, "2", 5.0)]), b"")
+    for id_ in "1234":
+        copy.sent(request(id_))
+    assert waited_for(copy) == ["2", "1", "4"]
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[MemoryRouter]:
+    made = MemoryRouter()
+    yield made
+    await made.stop()
+
+
+async def test_a_request_that_has_its_answer_before_it_is_dealt_with_again_gets_no_error(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dead router had passed it on; who was asked takes no notice of what comes twice."""
+    monkeypatch.setattr(iq_deadlines, "DEADLINE", -1.0)
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    deadlines = router.routing.deliveries.deadlines
+    deadlines.adopted(romeo, [(juliet.jid_text, id_, 5.0) for id_ in ("1", "2")])
+    again = [iq("get", id_, juliet.jid_text, "{x}q") for id_ in ("1", "2")]
+    for envelope in again:
+        deadlines.again(romeo, envelope)
+    answer = iq("result", "1", romeo.jid_text)
+    await router.send(juliet, answer)
+    await router.send(juliet, Envelope.FromString(answer.SerializeToString()))
+    assert [id_ for _, id_, _ in deadlines.left(romeo)] == ["2"]
+    for envelope in again:
+        await router.send(romeo, envelope)
+    deadlines.look()
+    assert [(envelope.type, envelope.id) for envelope in router.link.of(romeo)] == [("result", "1"), ("error", "2")]
+    assert not romeo.asked
