@@ -178,6 +178,7 @@ class Resumption:
         while (session := self._sessions.get(id_)) is not None:
             await self._hand_over.settled(session)
             await self.whole(session)
+            await self._dealt_with_again(session)
             if session.account != str(stream.account) or not session.resume_seconds or session.closed:
                 return None
             ours = await self._is_ours(session)
@@ -190,6 +191,14 @@ class Resumption:
             session.closed = True
             await self.end(session)
         return None
+
+    async def _dealt_with_again(self, session: Session) -> None:
+        """Waits, not for long, until what was taken over from a router that is gone is safe: that one may have told a
+        higher `h` than its copy knows of."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SILENCE):
+                while session.doubtful and session.link is None and session.inbound.is_behind:  # noqa: ASYNC110
+                    await asyncio.sleep(LOOK)
 
     async def _is_ours(self, session: Session) -> bool:
         """Whether another router has not taken the session over meanwhile, that could not reach this one. While the

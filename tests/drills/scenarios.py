@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.drills.client import Client
+from tests.drills.cluster import NODES
 from tests.drills.drill import Drill
 from tests.drills.history import Received, Saw, Sent
 from tests.drills.population import SHORT
@@ -180,10 +181,7 @@ async def a_kill_while_the_database_stands_still(drill: Drill) -> None:
 
 async def one_hung_node_between_two_others(drill: Drill) -> None:
     """It does not hold up what the others have to do with each other."""
-    node = drill.node()
-    # What goes to an account waits for those of its devices that may come back.
-    concerned = {client.account for client in drill.population.working() if client.at % 3 == node}
-    others = [client for client in drill.population.working() if client.account not in concerned]
+    node, others = _with_others(drill)
     seconds = drill.minute(11.0)
     async with drill.broken("hung between", lambda: drill.cluster.hang(node)):
         began = drill.history.now()
@@ -196,6 +194,18 @@ async def one_hung_node_between_two_others(drill: Drill) -> None:
     still = {client.jid for client in others if not any(at > began for at, _ in client.pauses)}
     if waited := _slowest(drill, still, began):
         drill.complaints.append(f"held up for {waited:.1f} s while node {node + 1} hung, between {sorted(still)}")
+
+
+def _with_others(drill: Drill) -> tuple[int, list[Client]]:
+    """A node, and clients that are not at it, two at least: all may have come to be at two nodes, or at one."""
+    first = drill.node()
+    for node in ((first + step) % NODES for step in range(NODES)):
+        # What goes to an account waits for those of its devices that may come back.
+        concerned = {client.account for client in drill.population.working() if client.at % NODES == node}
+        others = [client for client in drill.population.working() if client.account not in concerned]
+        if len(others) > 1:
+            return node, others
+    raise AssertionError("fewer than two clients are online")
 
 
 def _slowest(drill: Drill, jids: set[str], since: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from services.router import resumption
 from services.router.negotiation import Negotiation
 from services.router.sessions import Session
 from services.router.store import SessionRow
@@ -117,6 +118,30 @@ async def test_what_is_not_acknowledged_and_comes_again_is_passed_on_once(attach
     assert got(attached, juliet) == [3]
     attached.router.stores.messages.away = False  # type: ignore[attr-defined]
     await until(lambda: romeo.inbound.h == 3)
+
+
+async def test_who_resumes_at_another_router_is_told_no_less_than_the_one_before_has_said(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4: `h` only grows. What a copy has is dealt with again, and its connector may not have heard that it was safe."""
+    romeo = await resumable(attached, "romeo")
+    juliet = await resumable(attached, "juliet")
+    attached.router.stores.messages.away = True  # type: ignore[attr-defined]
+    sent(attached, romeo, "1", juliet)
+    break_off(attached, romeo)
+    romeo.doubt()
+    resuming = asyncio.ensure_future(resume(attached, romeo, 0))
+    await until(lambda: not attached.outbox.batch.envelopes and 77 in attached.link._streams)
+    assert answer(attached) == b""
+    attached.router.stores.messages.away = False  # type: ignore[attr-defined]
+    await resuming
+    assert b"h='1'" in answer(attached)
+    attached.router.stores.messages.away = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(resumption, "SILENCE", 0.05)
+    sent(attached, romeo, "2", juliet)
+    break_off(attached, romeo)
+    await resume(attached, romeo, 0, number=78)
+    assert b"<resumed" in answer(attached), "the database may be away for long"
 
 
 async def test_a_stream_that_is_still_there_gives_way(attached: Attached) -> None:
