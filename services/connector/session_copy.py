@@ -16,6 +16,7 @@ from tidings.api.common.v1.session_pb2 import AskedIq, SessionRecord
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import SessionAttached, SessionBound, SessionProgress
 from tidings.kit.module import IQ, MESSAGE, NONZA
+from tidings.xmpp.jid import normal
 
 if TYPE_CHECKING:
     from services.connector.router_link import RouterLink
@@ -171,7 +172,7 @@ class SessionCopy:
         if sent.kind == IQ and sent.type in REQUESTS and sent.to and not sent.answered and not self._repeats(sent):
             if len(self._asked) >= MAX_ASKED:
                 del self._asked[next(iter(self._asked))]
-            self._asked[sent.to, sent.id] = time.monotonic()
+            self._asked.setdefault((normal(sent.to), sent.id), time.monotonic())
 
     def _repeats(self, sent: Sent) -> bool:
         """Whether it is sent again, and had been dealt with: then an answer is waited for only if it was before."""
@@ -205,7 +206,7 @@ class SessionCopy:
     def _answered(self, from_jid: str, id_: str) -> None:
         for index, sent in enumerate(self._sent):
             # Without `to` it was for the server or the account, and one of them has answered.
-            if sent.kind == IQ and sent.id == id_ and sent.type in REQUESTS and sent.to in (from_jid, ""):
+            if sent.kind == IQ and sent.id == id_ and sent.type in REQUESTS and normal(sent.to) in (from_jid, ""):
                 self._sent[index] = sent._replace(answered=True)
                 return
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from services.router import delivery
 from services.router.answers import Answers, Pending
-from services.router.deliveries import REQUESTS, Deliveries
+from services.router.deliveries import Deliveries
 from services.router.delivery import Action, Addressed
+from services.router.iq_deadlines import REQUESTS
 from services.router.messages import CLAIMED
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope

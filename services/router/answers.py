@@ -46,17 +46,17 @@ class Answers:
         components: Components,
         deliveries: Deliveries,
         step: Callable[[], AbstractAsyncContextManager[None]],
-        waiter: Callable[[Envelope], Waiter | None],
+        sender: Callable[[Envelope], Waiter | None],
         elsewhere: Callable[[Envelope, Jid, Waiter | None], None],
     ) -> None:
-        """`step`: what a handler sends within it has arrived when it ends. `waiter`: who waits until a message of a
+        """`step`: what a handler sends within it has arrived when it ends. `sender`: who waits until a stanza of a
         session here is safe. `elsewhere`: sends an answer to somebody who has no session here."""
         self._sessions = sessions
         self._hooks = hooks
         self._components = components
         self._deliveries = deliveries
         self._step = step
-        self._waiter = waiter
+        self._sender = sender
         self._elsewhere = elsewhere
         # Errors that were sent, for metrics.
         self.bounced = 0
@@ -137,6 +137,7 @@ class Answers:
         )  # fmt: skip
         if asker is not None:
             self._deliveries.deliver(asker, reply)
+            self._safe_when_copied(asker, envelope)
             return
         to = Jid.parse(envelope.from_jid)
         session = self._sessions.of(str(to.bare)).get(to.resource)
@@ -144,10 +145,15 @@ class Answers:
             self._elsewhere(reply, to, waiter)
             return
         self._deliveries.to_session(session, reply)
-        sender = self._waiter(envelope) if session.id == envelope.origin else None
+        if session.id == envelope.origin:
+            self._safe_when_copied(session, envelope)
+
+    def _safe_when_copied(self, session: Session, envelope: Envelope) -> None:
+        """What was answered is safe when the answer is where the session would go on from: it is stored nowhere. One
+        connector that has both learns of both in their order; where the stream's gets the answer behind another one,
+        it must not forget the question before."""
+        sender = self._sender(envelope) if session.uncopied else None
         if sender is not None:
-            # A message that comes back is stored nowhere: it is safe when its error is where the session goes on
-            # from.
             self._deliveries.when_copied(session, sender.settle)
 
 

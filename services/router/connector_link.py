@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from services.router.deliveries import REQUESTS
 from services.router.held import own_copy
+from services.router.iq_deadlines import REQUESTS
 from services.router.negotiation import Negotiation, Negotiator
 from services.router.routing_fields import fill
 from services.router.sessions import when_copied
@@ -26,6 +26,7 @@ from tidings.api.router.v1.router_pb2 import (
 from tidings.kit.link import Lane, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KINDS, NONZA
+from tidings.xmpp.jid import normal
 
 if TYPE_CHECKING:
     from services.router.sessions import Session
@@ -125,7 +126,7 @@ class ConnectorLink:
             return
         self._take(session, envelope, now)
 
-    def _take(self, session: Session, envelope: Envelope, now: int) -> None:
+    def _take(self, session: Session, envelope: Envelope, now: int, again: bool = False) -> None:
         """Works a stanza off; when another connector holds the session's copy, as soon as that one has it."""
         envelope.from_jid = session.jid_text
         envelope.received_unix_ms = now
@@ -138,6 +139,8 @@ class ConnectorLink:
         if envelope.answered:
             self._negotiator.safety.dealt(session, envelope.number)
             return
+        if again:
+            self._negotiator.routing.deliveries.deadlines.again(session, envelope)
         if copied is not None:
             lane.run(_until, copied)
         if lane.waiting is not None:
@@ -207,7 +210,8 @@ class ConnectorLink:
         """Another router takes the session over; what waited for it here goes there. Nobody is told of an end."""
         session = self._sessions.get(session_id) or self._held.get(session_id)
         if session is not None:
-            self._streams.pop(session.stream, None)
+            if session_id in self._sessions:
+                self._streams.pop(session.stream, None)
             session.closed = True
             session.lane.run(self._negotiator.resumption.surrendered, session)
 
@@ -343,8 +347,7 @@ class ConnectorLink:
         if envelope.kind == NONZA:
             self._negotiator.acknowledgements.nonza(self, session, envelope)
         elif _verified(envelope, session.jid_text):
-            self._negotiator.routing.deliveries.deadlines.again(session, envelope)
-            self._take(session, envelope, int(time.time() * 1000))
+            self._take(session, envelope, int(time.time() * 1000), again=True)
 
     def unbound(self, session: Session) -> None:
         """Nothing more comes from the session: it has ended, or waits for its client; then its copy stays there."""
@@ -372,7 +375,7 @@ class ConnectorLink:
         for sent in session.inbound.under_way():
             envelope = Envelope(stanza=sent.raw)
             fill(envelope)
-            dealt_with = session.inbound.is_safe(sent.number) and (sent.to, sent.id) not in session.asked
+            dealt_with = session.inbound.is_safe(sent.number) and (normal(sent.to), sent.id) not in session.asked
             envelope.answered = dealt_with and envelope.kind == IQ and envelope.type in REQUESTS
             self.copy_sent(session, envelope)
 
@@ -486,6 +489,7 @@ def _verified(envelope: Envelope, from_jid: str | None) -> bool:
     `from_jid`: the session's, which must be in it; None before there is a session, when it may be any element.
     """
     element = fill(envelope)
+    envelope.answers = 0
     if element is None:
         return False
     if from_jid is None or element.name.startswith("{"):

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from services.router.held import before, by_sender, is_behind, is_long, keep, own_copy
-from services.router.iq_deadlines import IqDeadlines
+from services.router.iq_deadlines import REQUESTS, IqDeadlines
 from services.router.sessions import BEHIND, Session, Sessions, when_copied
 from services.router.withheld import Withheld, awaited
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -50,8 +50,6 @@ MAX_UNACKNOWLEDGED_BYTES = 8_388_608
 # Messages that a client without XEP-0198 may leave unconfirmed that has never confirmed any, so that nobody knows
 # whether it can; of more, the oldest wait for the account's next session. The bound of its socket holds for it too.
 MAX_UNCONFIRMED = 10_000
-
-REQUESTS = ("get", "set")
 
 
 class Deliveries:
@@ -377,7 +375,9 @@ class Deliveries:
 
     def _waits_for(self, session: Session, envelope: Envelope, answers: int = 0) -> int:
         """The number up to which all must be safe that a session has sent, before it gets a stanza; or 0."""
-        return awaited(session, envelope, answers) if self.withholds and not session.inbound.counts else 0
+        if not self.withholds or (session.inbound.counts and session.withheld is None):
+            return 0
+        return awaited(session, envelope, answers)
 
     def let_go(self, session: Session) -> None:
         """More of what a session has sent is safe."""

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import IQ
 from tidings.xmpp.errors import StanzaError
+from tidings.xmpp.jid import normal
 from tidings.xmpp.stanza import error_stanza
 
 if TYPE_CHECKING:
     from services.router.sessions import Session
+
+REQUESTS = ("get", "set")
 
 # Seconds that a request may wait for its answer: with the next look, and on its ways from and to the client, on which
 # a connection may be cut for as long as it takes to notice, it has had one or an error within 30 s.
@@ -57,20 +60,21 @@ class IqDeadlines:
     def asked(self, session: Session, envelope: Envelope) -> bool:
         """A request leaves for somebody else; False when it has had its answer already. Raises StanzaError when too
         many wait."""
-        if len(session.asked) >= MAX_ASKED:
-            raise StanzaError("resource-constraint", "too many requests wait for their answers", type="wait")
         key = envelope.to_jid, envelope.id
         before = session.asked.pop(key, None)  # one that is asked again goes behind the others
         if before is not None and before.answered:
             return False
-        session.asked[key] = Asked(self._clock() + DEADLINE, envelope.number)
+        if len(session.asked) >= MAX_ASKED:
+            raise StanzaError("resource-constraint", "too many requests wait for their answers", type="wait")
+        due = before.due if before is not None and before.again else self._clock() + DEADLINE
+        session.asked[key] = Asked(due, envelope.number)
         self._asking[session.id] = session
         return True
 
     def again(self, session: Session, envelope: Envelope) -> None:
         """A stanza is to be dealt with again, when its turn comes."""
-        key = envelope.to_jid, envelope.id
-        if envelope.kind == IQ and key in session.asked:
+        key = normal(envelope.to_jid), envelope.id
+        if envelope.kind == IQ and envelope.type in REQUESTS and key in session.asked:
             session.asked[key] = session.asked[key]._replace(again=True)
 
     def adopted(self, session: Session, left: Iterable[tuple[str, str, float]]) -> None:
@@ -104,8 +108,11 @@ class IqDeadlines:
         for session in list(self._asking.values()):
             for (to_jid, id_), asked in list(session.asked.items()):
                 if asked.due > now:
-                    break
-                del session.asked[to_jid, id_]
+                    continue
+                if asked.again and not asked.answered:
+                    session.asked[to_jid, id_] = asked._replace(answered=True, due=now + DEADLINE)
+                else:
+                    del session.asked[to_jid, id_]
                 if asked.answered:
                     continue
                 error = StanzaError("remote-server-timeout", "no answer came in time", type="wait")

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from services.router.account_delivery import AccountDelivery
 from services.router.answers import Answers, Components, Pending
-from services.router.deliveries import REQUESTS, Deliveries, is_tracked
+from services.router.deliveries import Deliveries, is_tracked
 from services.router.endings import Endings
+from services.router.iq_deadlines import REQUESTS
 from services.router.notes import Notes
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -89,7 +90,7 @@ class Routing:
         self.forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
         self.strategy: Strategy = None  # type: ignore[assignment]
         self.answers = Answers(
-            sessions, hooks, components, self.deliveries, self.step, safety.waiter, self._reply_elsewhere
+            sessions, hooks, components, self.deliveries, self.step, safety.sender, self._reply_elsewhere
         )
         self._at_account = AccountDelivery(
             own, sessions, hooks, accounts, table, safety, self.deliveries, self.answers, newer_view

@@ -146,7 +146,11 @@ class Safety:
 
     def waiter(self, envelope: Envelope) -> Waiter | None:
         """Who waits until a message of a session of this router is safe; it expects what its caller has in hand."""
-        session = self._sessions.get(envelope.origin) if self.waits and envelope.kind == MESSAGE else None
+        return self.sender(envelope) if self.waits and envelope.kind == MESSAGE else None
+
+    def sender(self, envelope: Envelope) -> Waiter | None:
+        """The same, for any stanza, whatever is to happen to messages."""
+        session = self._sessions.get(envelope.origin)
         if session is None or not envelope.number:
             return None
         waiter = _Sender(self, session, envelope.number)

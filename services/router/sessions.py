@@ -206,8 +206,9 @@ class Sessions:
 
     def remove(self, session: Session) -> bool:
         """Takes a session out; False when it was out already."""
-        if self._by_id.pop(session.id, None) is None:
+        if self._by_id.get(session.id) is not session:
             return False
+        del self._by_id[session.id]
         sessions = self._by_account[session.account]
         del sessions[session.jid.resource]
         if not sessions:

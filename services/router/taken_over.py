@@ -12,6 +12,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from services.router.messages import written
@@ -164,5 +165,9 @@ class TakenOver:
         session = self._sessions.get(id_)
         if session is not None and session.epoch < epoch and self._is_here(session):
             await self._end(session)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ASK_TIMEOUT):
+                while session is not None and session.closed and self._sessions.get(id_) is session:  # noqa: ASYNC110
+                    await asyncio.sleep(BEAT)  # it was surrendered, and ends in a moment
         await written(self._messages, math.inf)
         return b""

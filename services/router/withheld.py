@@ -55,12 +55,14 @@ class Withheld:
 
 
 def awaited(session: Session, envelope: Envelope, answers: int) -> int:
-    """The number up to which all must be safe that a session without XEP-0198 has sent, before it gets a stanza; 0:
-    none. An answer waits for what it answers; where that is not known, for all. What no router says itself waits for
-    the last answer of its sender too. `answers`: the number of what it answers, if the envelope does not say it."""
+    """The number up to which all must be safe that a session has sent, before it gets a stanza; 0: none. An answer
+    waits for what it answers, where that is not known for all, while the client does not count (XEP-0198). What no
+    router says itself waits for the last answer of its sender too. `answers`: the number of what it answers, if the
+    envelope does not say it."""
     inbound = session.inbound
     number = 0
-    if envelope.type == "error" or (envelope.kind == IQ and envelope.type == "result"):
+    is_answer = envelope.type == "error" or (envelope.kind == IQ and envelope.type == "result")
+    if is_answer and not inbound.counts:
         # Where another session was answered, which had this one's place, its numbers may be higher.
         number = min(answers or envelope.answers or inbound.number, inbound.number)
         if number <= inbound.safe_through:

@@ -167,6 +167,9 @@ async def a_kill_while_the_database_stands_still(drill: Drill) -> None:
         for _ in range(20):
             for client in writers:
                 client.send(drill.random.choice(vanished).jid)
+                if client.at % NODES == node:
+                    # Nobody else has a copy of what is for somebody who is away.
+                    client.send(drill.random.choice(drill.population.offline))
             await asyncio.sleep(0.04)
         # Long enough for every client to ask what is safe by now.
         await drill.pause(0.6, 0.9)

@@ -87,6 +87,14 @@ class Jid:
         return self._hash
 
 
+def normal(text: str) -> str:
+    """An address as all of its spellings are compared; what is none stays as it is."""
+    try:
+        return str(Jid.parse(text))
+    except JidError:
+        return text
+
+
 @lru_cache(maxsize=CACHED)
 def _parse(text: str) -> Jid:
     # RFC 7622 3.2: the resource begins at the first slash, then the localpart ends at the first @.

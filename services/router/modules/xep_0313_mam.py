@@ -85,18 +85,19 @@ class _Archive:
             # What is delivered to it goes nowhere, but the answer might find it where it is now.
             raise StanzaError("recipient-unavailable", "the session has gone to another place meanwhile")
         messages = [] if count_only else _fitting(page.messages, wanted.backwards)
-        self._give(session, messages, query_id)
+        self._give(session, messages, query_id, iq.envelope.number)
         return _fin(messages, page.complete and len(messages) == len(page.messages))
 
-    def _give(self, session: Session, messages: Sequence[Kept], query_id: str | None) -> None:
-        """4.2: the results, all of them before the answer, which ends them."""
+    def _give(self, session: Session, messages: Sequence[Kept], query_id: str | None, number: int) -> None:
+        """4.2: the results, all of them before the answer, which ends them; `number`: of the query, as in that."""
         account, full = session.account, str(session.jid)
         id_ = "" if query_id is None else f" queryid={quoteattr(query_id)}"
         head = f"<message from={quoteattr(account)} to={quoteattr(full)}><result xmlns='{ns.MAM}'{id_} id='".encode()
         for kept in messages:
             content = forwarded(kept.stanza, kept.received_unix_ms)
             raw = b"%b%b'>%b</result></message>" % (head, id_text(kept.id).encode(), content)
-            self._router.deliver(session, Envelope(kind=MESSAGE, from_jid=account, to_jid=full, stanza=raw))
+            result = Envelope(kind=MESSAGE, from_jid=account, to_jid=full, stanza=raw, answers=number)
+            self._router.deliver(session, result)
 
 
 def owner(iq: Stanza) -> Session:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from services.connector.session_copy import Sent, SessionCopy
-from services.router import iq_deadlines
 from services.router.session_record import record_of
 from services.router.sessions import Session
 from tests.unit.router.memory_router import MemoryRouter, iq
@@ -44,6 +43,17 @@ def test_a_copy_that_begins_in_the_midst_waits_for_no_answer_that_has_come() -> 
     assert waited_for(copy) == ["2"]
 
 
+def test_a_copy_knows_an_address_in_all_its_spellings() -> None:
+    """RFC 7622 3.2, 3.3: the answer comes from the address as the server writes it."""
+    copy = SessionCopy("r1")
+    copy.begin(record_of(Session(ROMEO, "en", None, 1, nothing), ()), b"")
+    for id_ in "12":
+        copy.sent(request(id_)._replace(to="Juliet@Example.Org/r"))
+    copy.delivered(Envelope(kind=IQ, type="result", id="1", from_jid=JULIET, delivery=1), b"<iq/>")
+    assert waited_for(copy) == ["2"]
+    assert [one.answered for one in copy._sent] == [True, False]
+
+
 def test_what_a_client_sends_again_is_waited_for_only_if_it_was_before() -> None:
     """XEP-0198 5: it repeats what was not acknowledged; its router had dealt with the first two."""
     session = Session(ROMEO, "en", None, 1, nothing)
@@ -68,13 +78,12 @@ async def router() -> AsyncIterator[MemoryRouter]:
 
 
 async def test_a_request_that_has_its_answer_before_it_is_dealt_with_again_gets_no_error(
-    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+    router: MemoryRouter,
 ) -> None:
     """The dead router had passed it on; who was asked takes no notice of what comes twice."""
-    monkeypatch.setattr(iq_deadlines, "DEADLINE", -1.0)
     romeo, juliet = await router.session("romeo"), await router.session("juliet")
     deadlines = router.routing.deliveries.deadlines
-    deadlines.adopted(romeo, [(juliet.jid_text, id_, 5.0) for id_ in ("1", "2")])
+    deadlines.adopted(romeo, [(juliet.jid_text, "1", 5.0), (juliet.jid_text, "2", 0.0)])
     again = [iq("get", id_, juliet.jid_text, "{x}q") for id_ in ("1", "2")]
     for envelope in again:
         deadlines.again(romeo, envelope)
@@ -87,3 +96,27 @@ async def test_a_request_that_has_its_answer_before_it_is_dealt_with_again_gets_
     deadlines.look()
     assert [(envelope.type, envelope.id) for envelope in router.link.of(romeo)] == [("result", "1"), ("error", "2")]
     assert not romeo.asked
+
+
+async def test_a_request_whose_time_is_over_before_it_is_dealt_with_again_is_not(router: MemoryRouter) -> None:
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    deadlines = router.routing.deliveries.deadlines
+    deadlines.adopted(romeo, [(juliet.jid_text, "1", 0.0)])
+    again = iq("get", "1", "Juliet@Example.org/r", "{x}q")
+    deadlines.again(romeo, again)
+    deadlines.look()
+    deadlines.look()
+    await router.send(romeo, again)
+    assert [(envelope.type, envelope.id) for envelope in router.link.of(romeo)] == [("error", "1")]
+    assert router.link.of(juliet) == []
+
+
+async def test_an_answer_of_the_client_is_not_taken_for_a_request_that_comes_again(router: MemoryRouter) -> None:
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    deadlines = router.routing.deliveries.deadlines
+    await router.send(romeo, iq("get", "1", juliet.jid_text, "{x}q"))
+    deadlines.again(romeo, iq("result", "1", juliet.jid_text))
+    for _ in range(2):
+        await router.send(juliet, iq("result", "1", romeo.jid_text))
+        await router.send(romeo, iq("get", "1", juliet.jid_text, "{x}q"))
+    assert len(router.link.of(romeo)) == 2

@@ -144,6 +144,31 @@ async def test_who_resumes_at_another_router_is_told_no_less_than_the_one_before
     assert b"<resumed" in answer(attached), "the database may be away for long"
 
 
+async def test_a_surrendered_session_whose_stream_is_elsewhere_takes_no_other_stream_along(
+    attached: Attached,
+) -> None:
+    """This connector has its copy; connectors number their streams each for itself."""
+    romeo, juliet = await resumable(attached, "romeo"), await resumable(attached, "juliet")
+    attached.link._sessions.pop(romeo.id)
+    attached.link._held[romeo.id] = romeo
+    romeo.stream = juliet.stream
+    event = StreamEvent(stream=0)
+    event.surrendered.session = romeo.id
+    attached.link.receive(AttachRequest(events=[event]))
+    assert romeo.closed
+    break_off(attached, juliet)
+    assert juliet.waits is not None, "the end of its stream was heard of"
+
+
+async def test_the_end_of_a_session_does_not_end_the_one_that_has_come_back_under_its_id(attached: Attached) -> None:
+    romeo = await resumable(attached, "romeo")
+    sessions = attached.router.sessions
+    assert sessions.remove(romeo)
+    again = attached.router.takes_over(romeo)
+    assert not sessions.remove(romeo)
+    assert sessions.get(romeo.id) is again
+
+
 async def test_a_stream_that_is_still_there_gives_way(attached: Attached) -> None:
     """5: the old stream gets <conflict/>, and nothing that comes from it counts any more."""
     juliet = await resumable(attached, "juliet")

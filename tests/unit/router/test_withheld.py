@@ -125,21 +125,40 @@ async def test_an_error_of_another_router_is_there_before_its_message_counts_as_
         await until(lambda: got(a, romeo) == [("error", "1"), ("result", "2")])
 
 
-async def test_a_message_that_comes_back_counts_when_its_error_is_in_the_copy_of_the_session(
-    router: MemoryRouter,
+@pytest.mark.parametrize("asks", [False, True], ids=["message", "iq"])
+async def test_what_is_answered_counts_when_the_answer_is_in_the_copy_of_the_session(
+    router: MemoryRouter, asks: bool
 ) -> None:
-    """XEP-0198: the error is stored nowhere else."""
+    """XEP-0198: the answer is stored nowhere else, and the stream's connector gets it behind the copy's."""
     romeo = await router.session("romeo")
     romeo.inbound.enable()
     copied: list[Callable[[], None]] = []
     holder: Any = type("Holder", (type(router.link),), {"when_copied": lambda _self, then: copied.append(then)})()
     romeo.holder = holder
-    await router.send(romeo, message("1", f"nobody@{HOST}"))
+    await router.send(romeo, iq("get", "1", HOST, PING) if asks else message("1", f"nobody@{HOST}"))
     await until(lambda: got(router, romeo) == [] and len(holder.written) == 1)
     assert romeo.inbound.h == 0
     while copied:
         copied.pop(0)()
     assert romeo.inbound.h == 1
+    assert len(got(router, romeo)) == 1
+
+
+async def test_what_comes_behind_a_withheld_answer_stays_behind_it_when_the_client_counts_from_now_on(
+    router: MemoryRouter,
+) -> None:
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    messages: Any = router.stores.messages
+    messages.away = True
+    await router.send(romeo, message("1", juliet.jid_text))
+    await router.send(romeo, iq("get", "question", juliet.jid_text, PING))
+    await router.send(juliet, iq("result", "question", romeo.jid_text))
+    romeo.inbound.enable()
+    romeo.outbound.enable()
+    await router.send(juliet, message("2", romeo.jid_text))
+    assert got(router, romeo) == []
+    messages.away = False
+    await until(lambda: got(router, romeo) == [("result", "question"), ("chat", "2")])
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from("ab")), max_size=12), st.integers(0, 7))
