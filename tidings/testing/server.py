@@ -212,7 +212,9 @@ class Installation:
         channel = self.dial(self.router_address)
         try:
             accounts: Any = AccountServiceStub(channel)
-            await accounts.CreateAccount(CreateAccountRequest(jid=jid, password=password), timeout=20)
+            # On a machine that is busy the first tries to connect may take too long (channel.OPTIONS).
+            request = CreateAccountRequest(jid=jid, password=password)
+            await accounts.CreateAccount(request, timeout=20, wait_for_ready=True)
         finally:
             await channel.close()
 
