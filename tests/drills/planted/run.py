@@ -65,7 +65,7 @@ class Case:
 
 
 CASES = (
-    Case("acknowledged_before_the_commit", "no commit, then kill", (LOST,)),
+    Case("acknowledged_before_the_commit", "no commit, then kill", (LOST,), clients="plain"),
     Case("answers_not_held_back", "no commit, then kill", (LOST,), clients="plain"),
     Case("queue_dropped_when_the_stream_breaks", "cut clients", (LOST,), nodes=1),
     Case("delivered_when_written", "cut clients", (LOST,), clients="plain", nodes=1),
