@@ -148,14 +148,14 @@ class Resumption:
         try:
             attributes = parse_stanza(request.stanza).attrs
             id_, h = attributes.get("previd", ""), count_of(attributes.get("h", ""))
-            session = await self._found(stream, id_)
-            if session is None:
-                router = await self._elsewhere(stream, id_)
+            ends = asyncio.get_running_loop().time() + TAKE_OVER_TIMEOUT
+            # One that comes here may go on to another router at once, before it is found.
+            while (session := await self._found(stream, id_)) is None:
+                router = await self._elsewhere(stream, id_, ends)
                 if router and self.send_on(stream, router, request):
                     return
-                session = await self._found(stream, id_)
-            if session is None:
-                raise StanzaError("item-not-found")
+                if router or asyncio.get_running_loop().time() > ends:
+                    raise StanzaError("item-not-found")
             if stream.link.has(stream):
                 self._go_on(stream, session, h)
         except StreamError as error:
@@ -174,12 +174,14 @@ class Resumption:
         stream.link.command(stream.number).element = failed(condition, h if known else None)
 
     async def _found(self, stream: Negotiation, id_: str) -> Session | None:
-        """The session, if it is here, is this account's, and may be resumed."""
+        """The session, if it is here. Raises StanzaError when it is not this account's, or may not be resumed."""
         while (session := self._sessions.get(id_)) is not None:
             await self._hand_over.settled(session)
             await self.whole(session)
             await self._dealt_with_again(session)
-            if session.account != str(stream.account) or not session.resume_seconds or session.closed:
+            if session.account != str(stream.account) or not session.resume_seconds:
+                raise StanzaError("item-not-found")
+            if session.closed:
                 return None
             ours = await self._is_ours(session)
             if self._sessions.get(id_) is not session or not self._hand_over.is_settled(session):
@@ -214,25 +216,24 @@ class Resumption:
             return True
         return any(row.session == session.id and row.router == self._own for row in rows)
 
-    async def _elsewhere(self, stream: Negotiation, id_: str) -> str:
-        """The other router that has it, and that answers; '' when there is none, or when it has come here. The copy
-        of a session whose router is gone, or does not answer, is asked for. Raises DatabaseAway."""
+    async def _elsewhere(self, stream: Negotiation, id_: str, ends: float) -> str:
+        """The other router that has it, and that answers; '' when it has come here, or there is none till then. The
+        copy of a session whose router is gone, or does not answer, is asked for. Raises StanzaError when it is over,
+        DatabaseAway."""
         assert stream.account is not None
-        ends = asyncio.get_running_loop().time() + TAKE_OVER_TIMEOUT
         asked = ""
         while asyncio.get_running_loop().time() < ends:
             row = next((row for row in await self._table.of_account(stream.account) if row.session == id_), None)
             if row is None:
-                return ""
-            session = self._sessions.get(id_)
-            if row.router == self._own and session is not None and session.closed:
-                await asyncio.sleep(LOOK)  # it ends, or another router is taking it over
-                continue
+                raise StanzaError("item-not-found")
             if row.router == self._own:
                 # It may be coming from there just now.
                 await self._sessions.arrived(str(stream.account), ends - asyncio.get_running_loop().time())
-                return ""
-            if row.router != asked:
+                session = self._sessions.get(id_)
+                if session is not None and not session.closed:
+                    return ""
+                # It ends, or another router is taking it over, or has it by now.
+            elif row.router != asked:
                 if await self.answers(row.router, SILENCE):
                     return row.router
                 log.info("session_asked_for", session=id_, account=str(stream.account), router=row.router)

@@ -144,6 +144,28 @@ async def test_who_resumes_at_another_router_is_told_no_less_than_the_one_before
     assert b"<resumed" in answer(attached), "the database may be away for long"
 
 
+async def test_a_session_that_goes_on_to_another_router_while_it_is_found_is_resumed_there(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    romeo = await resumable(attached, "romeo")
+    break_off(attached, romeo)
+    sent_on: list[str] = []
+
+    def send_on(_stream: Negotiation, router: str, _request: Envelope) -> bool:
+        sent_on.append(router)
+        return True
+
+    async def goes_on(session: Session) -> None:
+        attached.router.sessions.remove(session)
+        row = SessionRow(session.jid, session.id, session.epoch, attached.router.own)
+        await attached.router.stores.table.move(row, "r2")
+
+    attached.resumption.send_on = send_on
+    monkeypatch.setattr(attached.resumption, "_dealt_with_again", goes_on)
+    await resume(attached, romeo, 0)
+    assert (sent_on, answer(attached)) == (["r2"], b"")
+
+
 async def test_a_surrendered_session_whose_stream_is_elsewhere_takes_no_other_stream_along(
     attached: Attached,
 ) -> None:
@@ -216,6 +238,7 @@ async def test_when_its_time_is_over_the_session_ends_and_its_count_is_remembere
     async def end(session: Session) -> None:
         attached.router.sessions.remove(session)
         attached.resumption.ended(session)
+        await attached.router.stores.table.end(session.jid, session.id, session.epoch)
         ended.append(session)
 
     attached.resumption.end = end
@@ -282,6 +305,7 @@ async def test_a_session_that_begins_to_go_to_another_router_is_not_resumed_here
         await asyncio.sleep(0)
     assert juliet.link is None, "the client waits"
     attached.router.sessions.remove(juliet)
+    await table.end(juliet.jid, juliet.id, juliet.epoch)
     given.set()
     stream = await resuming
     assert stream.session is None
