@@ -110,10 +110,9 @@ class Acknowledgements:
         most = int(self._resume_timeout(session.jid.domain))
         if most and is_true(attributes.get("resume", "")):
             session.resume_seconds = min(seconds_of(attributes.get("max", "")) or most, most)
-        if session.holder is not None:
-            # A copy that does not know of it is not kept when the client leaves now.
-            session.changed()
-            _tell_progress(link, session.holder)
+        # A copy that does not know of it is not kept when the client leaves now.
+        session.changed()
+        _tell_progress(link, session)
         if session.resume_seconds:
             link.write(session, enabled(session.id, session.resume_seconds, link.location))
         else:
@@ -223,14 +222,15 @@ class Acknowledgements:
             self.look()
 
 
-def _tell_progress(link: ConnectorLink, holder: ConnectorLink) -> None:
-    holder.tell_progress()
-    link.tell_progress()
+def _tell_progress(link: ConnectorLink, session: Session) -> None:
+    """Its copies, if there are any, learn of what has changed before the client does."""
+    if session.holder is not None:
+        session.holder.tell_progress()
+        link.tell_progress()
 
 
 def _tell_h(link: ConnectorLink, session: Session) -> None:
-    if session.holder is not None:
-        # What is told to be handled, a copy need not keep: it learns of that first.
-        _tell_progress(link, session.holder)
+    # What is told to be handled, a copy need not keep.
+    _tell_progress(link, session)
     link.write(session, ack(session.inbound.h))
     session.asks = session.inbound.is_behind

@@ -375,8 +375,8 @@ class ConnectorLink:
         for sent in session.inbound.under_way():
             envelope = Envelope(stanza=sent.raw)
             fill(envelope)
-            dealt_with = session.inbound.is_safe(sent.number) and (normal(sent.to), sent.id) not in session.asked
-            envelope.answered = dealt_with and envelope.kind == IQ and envelope.type in REQUESTS
+            if envelope.kind == IQ and envelope.type in REQUESTS and session.inbound.is_safe(sent.number):
+                envelope.answered = (normal(sent.to), sent.id) not in session.asked
             self.copy_sent(session, envelope)
 
     def _begin_copy(self, session: Session, message: SessionBound | SessionAttached) -> None:

@@ -118,14 +118,9 @@ class IqDeadlines:
                 error = StanzaError("remote-server-timeout", "no answer came in time", type="wait")
                 raw = error_stanza("iq", id_, error, from_=to_jid, to=session.jid_text)
                 answer = Envelope(
-                    kind=IQ,
-                    type="error",
-                    id=id_,
-                    from_jid=to_jid,
-                    to_jid=session.jid_text,
-                    stanza=raw,
+                    kind=IQ, type="error", id=id_, from_jid=to_jid, to_jid=session.jid_text, stanza=raw,
                     answers=asked.number,
-                )
+                )  # fmt: skip
                 self._answer(session, answer)
             if not session.asked:
                 del self._asking[session.id]

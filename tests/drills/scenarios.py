@@ -20,7 +20,7 @@ SEEN_WITHIN = 14.0
 
 def _at(drill: Drill, node: int) -> list[Client]:
     """The clients whose connections end at a node."""
-    return [client for client in drill.population.working() if client.at % 3 == node]
+    return [client for client in drill.population.working() if client.at % NODES == node]
 
 
 async def _start_again(drill: Drill, node: int) -> None:
@@ -208,7 +208,7 @@ def _with_others(drill: Drill) -> tuple[int, list[Client]]:
     first = drill.node()
     for node in ((first + step) % NODES for step in range(NODES)):
         # What goes to an account waits for those of its devices that may come back.
-        concerned = {client.account for client in drill.population.working() if client.at % NODES == node}
+        concerned = {client.account for client in _at(drill, node)}
         others = [client for client in drill.population.working() if client.account not in concerned]
         if len(others) > 1:
             return node, others

@@ -16,6 +16,7 @@ from services.router.modules import xep_0160_offline, xep_0199_ping
 from services.router.sessions import Session
 from services.router.withheld import Withheld
 from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, together, until
+from tests.unit.router.nodes import at_home
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Item, Sent
 from tidings.kit.db import DatabaseAway
@@ -103,11 +104,7 @@ async def test_an_error_of_the_server_does_not_wait_for_the_first_presence(route
 async def test_an_error_of_another_router_is_there_before_its_message_counts_as_safe() -> None:
     async with together("ab", Stores(), modules=MODULES) as (a, b):
         romeo = await a.session("romeo")
-        name = next(
-            name
-            for name in (f"nobody{n}" for n in range(20))
-            if a.routing.strategy.locate(f"{name}@{HOST}", "").decides == "b"
-        )
+        name = at_home("nobody", ab="b")
         held: list[Callable[[], None]] = []
         send = b.links.send
 
