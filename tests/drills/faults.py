@@ -77,11 +77,12 @@ async def cut(drill: Drill) -> None:
 
 
 async def cut_for_a_moment(drill: Drill) -> None:
-    """Long enough for connections to break, too short for anybody to be put out: all streams go on where they were."""
+    """Long enough for connections to break (2 s without an acknowledgement), too short for anybody to be put out (5 s
+    after somebody was missed): all streams go on where they were."""
     one = drill.node()
     other = drill.node(one)
     async with drill.broken("cut for a moment", lambda: drill.cluster.cut(one, other)):
-        await drill.pause(3.5, 4.5)
+        await drill.pause(2.6, 3.2)
         drill.cluster.heal(one, other)
         await drill.pause(2.0, 2.5)
 

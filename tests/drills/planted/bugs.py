@@ -111,7 +111,9 @@ def batches_dropped_at_reconnect() -> None:
     def make(resume: Any) -> Any:
         def planted(self: Any, after: int) -> None:
             for batch in self._unconfirmed:
-                del batch.envelopes[:]
+                sequence = batch.sequence
+                batch.Clear()
+                batch.sequence = sequence
             resume(self, after)
 
         return planted
