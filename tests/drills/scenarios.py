@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from tests.drills.client import Client
-from tests.drills.cluster import NODES
 from tests.drills.drill import Drill
 from tests.drills.history import Received, Saw, Sent
 from tests.drills.population import SHORT
@@ -20,7 +19,7 @@ SEEN_WITHIN = 14.0
 
 def _at(drill: Drill, node: int) -> list[Client]:
     """The clients whose connections end at a node."""
-    return [client for client in drill.population.working() if client.at % NODES == node]
+    return [client for client in drill.population.working() if client.at % drill.cluster.nodes == node]
 
 
 async def _start_again(drill: Drill, node: int) -> None:
@@ -71,7 +70,7 @@ async def messages_to_a_node_that_has_just_died(drill: Drill) -> None:
     async with drill.broken("to the dead", lambda: drill.cluster.kill(node)):
         for _ in range(10):
             for client in drill.population.working():
-                if client.at % 3 != node and dead:
+                if client.at % drill.cluster.nodes != node and dead:
                     client.send(drill.random.choice(dead).jid)
             await asyncio.sleep(0.05)
         await _start_again(drill, node)
@@ -80,7 +79,7 @@ async def messages_to_a_node_that_has_just_died(drill: Drill) -> None:
 async def a_session_moves_with_its_backlog(drill: Drill) -> None:
     """Clients that do not read have a backlog; the node leaves and joins, and their sessions go from router to router."""
     node = drill.node()
-    slow = [client for client in drill.population.working() if client.at % 3 != node][:5]
+    slow = [client for client in drill.population.working() if client.at % drill.cluster.nodes != node][:5]
     for client in slow:
         client.read(False)
     async with drill.broken("backlog moves", lambda: drill.cluster.drain(node)):
@@ -206,7 +205,7 @@ async def one_hung_node_between_two_others(drill: Drill) -> None:
 def _with_others(drill: Drill) -> tuple[int, list[Client]]:
     """A node, and clients that are not at it, two at least: all may have come to be at two nodes, or at one."""
     first = drill.node()
-    for node in ((first + step) % NODES for step in range(NODES)):
+    for node in ((first + step) % drill.cluster.nodes for step in range(drill.cluster.nodes)):
         # What goes to an account waits for those of its devices that may come back.
         concerned = {client.account for client in _at(drill, node)}
         others = [client for client in drill.population.working() if client.account not in concerned]
@@ -233,8 +232,8 @@ async def contacts_of_those_who_died_with_their_node(drill: Drill) -> None:
     mortals = [client for client in drill.population.mortals if client.works]
     if not mortals:
         return
-    node = mortals[0].at % 3
-    gone = [client for client in mortals if client.at % 3 == node]
+    node = mortals[0].at % drill.cluster.nodes
+    gone = [client for client in mortals if client.at % drill.cluster.nodes == node]
 
     def strike() -> None:
         for client in gone:
@@ -267,7 +266,7 @@ async def the_hung_owner_wakes_after_a_take_over(drill: Drill) -> None:
     async with drill.broken("owner wakes", lambda: drill.cluster.hang(node)):
         for client in held:
             client.drop()
-            client.at = (node + 1) % 3
+            client.at = (node + 1) % drill.cluster.nodes
         # Three seconds: a take-over (2 s), but no lease.
         await drill.pause(3.0, 4.5)
         drill.cluster.wake()
@@ -287,7 +286,7 @@ async def an_old_copy_comes_back(drill: Drill) -> None:
     drill.cluster.hang(node, "connector")
     for client in held:
         client.drop()
-        client.at = (node + 1) % 3
+        client.at = (node + 1) % drill.cluster.nodes
     await drill.until(lambda: all(client.works for client in held), 3.0)
     async with drill.broken("old copies", strike):
         await drill.pause(2.0, 3.0)
