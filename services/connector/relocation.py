@@ -193,8 +193,10 @@ class SentOn:
     def _silent(self) -> None:
         link = self._stream.link
         if link is not None:
-            # When it wakes it need not answer any more.
+            # When it wakes it need not answer any more; what it still says is not for the stream, which may be sent
+            # on to it once more.
             link.event(self._stream.number).closed.reason = "the stream went elsewhere"
+            self._stream.streams.number_anew(self._stream)
             self.lost(link.node.incarnation)
 
     def lost(self, router: str) -> None:

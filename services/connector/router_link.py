@@ -14,6 +14,7 @@ from tidings.api.router.v1.router_pb2 import (
     AttachRequest,
     AttachResponse,
     SessionProgress,
+    StreamCommand,
     StreamEvent,
 )
 from tidings.api.router.v1.router_pb2_grpc import RouterServiceStub
@@ -23,6 +24,7 @@ from tidings.kit.link import INTERVAL, LAST_WRITE, Outbox, Overflow, in_order, w
 from tidings.kit.logging import get_logger
 from tidings.kit.module import NONZA
 from tidings.kit.tasks import Tasks
+from tidings.xmpp.errors import StreamError
 
 if TYPE_CHECKING:
     from services.connector.client_stream import ClientStream
@@ -113,7 +115,16 @@ class RouterLink:
             elif (stream := self._streams.get(item.stream)) is None:
                 self._streams.copies.of_gone_stream(self, item)
             elif stream.link is self:
-                stream.command(item)
+                self._command(stream, item)
+
+    def _command(self, stream: ClientStream, command: StreamCommand) -> None:
+        try:
+            stream.command(command)
+        except StreamError as error:
+            # What one stream is not ready for ends that one, not the link, and with it all others.
+            which = command.WhichOneof("command")
+            log.error("not_due", router=self.node.hostname, jid=stream.jid, command=which, reason=str(error))
+            stream.close("internal-server-error", "the server has lost track of this stream; please connect again")
 
     def _deliver(self, envelope: Envelope) -> None:
         stream = self._streams.by_session.get(envelope.target)

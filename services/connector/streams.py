@@ -61,6 +61,12 @@ class Streams:
         self.opened += 1
         self._by_number[stream.number] = stream
 
+    def number_anew(self, stream: ClientStream) -> None:
+        """What routers say of it by the number that it had goes nowhere."""
+        if self._by_number.pop(stream.number, None) is not None:
+            stream.number = self.next_number()
+            self._by_number[stream.number] = stream
+
     def get(self, number: int) -> ClientStream | None:
         return self._by_number.get(number)
 

@@ -19,6 +19,7 @@ from services.router.session_record import record_of, state_of
 from services.router.sessions import when_copied
 from tidings.cluster.hashing import rendezvous
 from tidings.kit.db import DatabaseAway
+from tidings.kit.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from services.router.tickets import Tickets
     from tidings.api.common.v1.session_pb2 import SessionRecord
     from tidings.cluster.view import ClusterView
+
+log = get_logger("cluster")
 
 # Seconds between two looks for sessions without a second holder.
 LOOK = 0.5
@@ -113,6 +116,7 @@ class Copies:
     def _replace(self, session: Session, silent: ConnectorLink) -> None:
         """The connector that holds the copy of a session says nothing: another one takes its place, and has all
         before anything that has waited for it goes on."""
+        log.info("copy_not_kept", session=session.id, connector=silent.incarnation, reason=f"silent for {SILENT} s")
         session.holder = None
         self._let_go(session, silent, 0.0)
         self.cover(session, silent)

@@ -14,13 +14,21 @@ from services.connector.limits import Addresses, ClientLimits
 from services.connector.router_link import RouterLink
 from services.connector.streams import Streams
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.api.router.v1.router_pb2 import CloseStream, Moved, PrepareMove, SessionBound, StreamCommand
+from tidings.api.router.v1.router_pb2 import (
+    AttachResponse,
+    CloseStream,
+    Moved,
+    PrepareMove,
+    SessionBound,
+    StreamCommand,
+)
 from tidings.cluster.node import Node
 from tidings.kit.link import in_order
 from tidings.kit.tasks import Tasks
 from tidings.xmpp.stream import ServerStream, State, StreamConfig
 
 NEW = Moved(router_incarnation="new", ticket=b"t")
+BOUND = SessionBound(session="s", jid="juliet@example.org/r", reply=b"<bound/>")
 
 
 class Connection:
@@ -74,7 +82,9 @@ class Bound:
         self.there = True
         self.connection = Connection()
         core = ServerStream(StreamConfig(frozenset({"example.org"}), tls_available=False, tls_required=False))
-        self.stream = ClientStream(self.streams, 1, self.connection, core, ClientLimits(0, 0, 0, 0), lambda: None)
+        self.stream = ClientStream(
+            self.streams, self.streams.next_number(), self.connection, core, ClientLimits(0, 0, 0, 0), lambda: None
+        )
         self.streams.add(self.stream)
         self.stream.received(
             b"<stream:stream to='example.org' version='1.0' xmlns='jabber:client'"
@@ -82,7 +92,7 @@ class Bound:
         )
         core.authenticated_, core.state = True, State.BINDING
         if bound:
-            self.command(session_bound=SessionBound(session="s", jid="juliet@example.org/r", reply=b"<bound/>"))
+            self.command(session_bound=BOUND)
         self.told(self.old)
 
     async def _link_to(self, router: str) -> RouterLink | None:
@@ -95,6 +105,10 @@ class Bound:
 
     def command(self, **what: Any) -> None:
         self.stream.command(StreamCommand(stream=1, **what))
+
+    def receive(self, link: RouterLink, stream: int, **what: Any) -> None:
+        """A command comes from a router."""
+        link.receive(AttachResponse(commands=[StreamCommand(stream=stream, **what)]))
 
     def say(self, number: int) -> None:
         self.stream.received(b"<message id='%d' to='romeo@example.org'/>" % number)
@@ -225,6 +239,36 @@ async def test_a_stream_without_a_session_goes_to_any_other_router_when_the_one_
     await authenticated.settled()
     assert authenticated.told(authenticated.old) == ["opened"]
     assert authenticated.connection.reading
+
+
+async def test_what_a_router_says_too_late_is_not_for_the_stream_that_was_sent_on_to_it_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Drills, seed 116: it was resumed twice, and the connector ended, with all its streams."""
+    monkeypatch.setattr(relocation, "ANSWER_TIMEOUT", 0.01)
+    authenticated = Bound(bound=False)
+    authenticated.receive(authenticated.old, 1, moved=NEW)
+    async with asyncio.timeout(5):
+        while authenticated.told(authenticated.old) != ["opened"]:
+            await asyncio.sleep(0.001)
+    monkeypatch.setattr(relocation, "ANSWER_TIMEOUT", 60.0)
+    number = authenticated.stream.number
+    authenticated.receive(authenticated.old, number, moved=NEW)
+    await authenticated.settled()
+    assert authenticated.told(authenticated.new) == ["opened", "closed", "opened"]
+    authenticated.receive(authenticated.new, 1, session_bound=BOUND)
+    assert not authenticated.stream.session
+    authenticated.receive(authenticated.new, number, session_bound=BOUND)
+    assert authenticated.stream.session == "s"
+    assert authenticated.connection.written.count(b"<bound/>") == 1
+
+
+async def test_what_is_not_due_ends_the_stream_and_nothing_else() -> None:
+    bound = Bound()
+    bound.receive(bound.old, 1, session_bound=BOUND)
+    assert b"<internal-server-error" in bound.connection.written
+    assert bound.told(bound.old) == ["closed"]
+    assert len(bound.streams) == 0
 
 
 async def test_a_stream_ends_when_its_router_is_lost_in_the_midst_of_a_move() -> None:
