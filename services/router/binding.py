@@ -142,12 +142,16 @@ class Binding:
 
     async def keep(self, session: Session) -> bool:
         """Raises the epoch of a session, so that a router which was asked to adopt it can't any more; False when its
-        row is not this router's. May be repeated. Raises DatabaseAway."""
-        if not await self._table.move(SessionRow(session.jid, session.id, session.epoch, self._own), self._own):
-            return False
-        session.epoch += 1
-        self._changed(session)
-        return True
+        row is not this router's. May be repeated, and called by several at one time. Raises DatabaseAway."""
+        epoch = 0
+        while epoch != session.epoch:  # another call has raised it meanwhile
+            epoch = session.epoch
+            if await self._table.move(SessionRow(session.jid, session.id, epoch, self._own), self._own):
+                # Where two have found the same epoch, one move was the repetition of the other.
+                session.epoch = max(session.epoch, epoch + 1)
+                self._changed(session)
+                return True
+        return False
 
     def _changed(self, session: Session) -> None:
         self._note(session, session.seen_available)

@@ -45,6 +45,8 @@ ANSWER_WITHIN = 30.0
 PRESENCE_WITHIN = 10.0
 # Two sessions that begin within these seconds may see each other twice: by broadcast and by probe (RFC 6121 4.2.2, 4.3.2).
 AT_ONE_TIME = 10.0
+# Then a third time, when a router drains: a probe may meet a session at the router that gives it and at the one that takes it.
+DRAINS = frozenset(("drain node", "backlog moves"))
 # Seconds in which a router has said of a stanza that it is dealt with.
 DEALT_WITH = 1.0
 # Faults in which a node, or its router, stands still.
@@ -184,8 +186,9 @@ class _Case:
 
     def disordered(self) -> Iterator[Finding]:
         """What came to another session first and falls to this one, because that one was cut off or has gone, may come
-        behind what this one got meanwhile; what was sent to the account is in order within itself too."""
-        last: dict[tuple[str, str, str], tuple[int, str]] = {}
+        behind what this one got meanwhile; what was sent to the account is in order within itself too, before this one
+        began and since then."""
+        last: dict[tuple[str, str, str, bool], tuple[int, str]] = {}
         seen: set[tuple[str, str]] = set()
         for event in self.received:
             sends = self.sent.get(event.key, [])
@@ -195,7 +198,9 @@ class _Case:
             sent = sends[0]
             if "/" in sent.to and sent.to != self.lives[event.session].jid:
                 continue  # it was for a session that has gone: that pair's order is over
-            chain = (event.session, sent.session, sent.to if self._inherited(event, sent) else "")
+            inherited = self._inherited(event, sent)
+            early = inherited and sent.at < self.lives[event.session].began
+            chain = (event.session, sent.session, sent.to if inherited else "", early)
             place = self.place[sent.session, sent.key]
             before = last.get(chain)
             if before is not None and before[0] > place:
@@ -284,10 +289,15 @@ class _Case:
         if contact.ended is not None and contact.ended < life.began:
             return ""
         # Both ask at one time; or the router dies before it has said that it has dealt with the first presence.
-        twice = abs(contact.began - life.began) < AT_ONE_TIME or any(
-            life.began <= fault.at < life.began + DEALT_WITH for fault in self.faults
+        together = abs(contact.began - life.began) < AT_ONE_TIME
+        twice = together or any(life.began <= fault.at < life.began + DEALT_WITH for fault in self.faults)
+        drained = together and any(
+            fault.what in DRAINS
+            and fault.at < max(contact.began, life.began) + AT_ONE_TIME
+            and fault.healed > life.began
+            for fault in self.faults
         )
-        available = "A{0,2}" if twice else "A?"
+        available = "A{0,3}" if drained else "A{0,2}" if twice else "A?"
         over = self._over(life)
         if over is None:
             return available

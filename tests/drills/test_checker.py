@@ -284,6 +284,15 @@ def test_what_was_for_the_account_and_falls_to_a_session_is_in_order_itself() ->
     assert sent.deliver("b2", "2", "1").found() == [DISORDERED]
 
 
+def test_what_was_for_the_account_before_a_session_began_may_fall_to_it_behind_what_came_since() -> None:
+    def story() -> Story:
+        sent = both().send("a", "1", "b@x").send("a", "2", "b@x").begin("b2", B2).send("a", "3", "b@x")
+        return sent.cut("b").end("b")
+
+    assert story().deliver("b2", "3", "1", "2").found() == []
+    assert story().deliver("b2", "3", "2", "1").found() == [DISORDERED]
+
+
 def test_what_was_sent_to_a_session_itself_is_no_heritage() -> None:
     def story() -> Story:
         sent = both().begin("b2", B2).send("a", "1", B).send("a", "2", B2).send("a", "3", B2)
@@ -408,6 +417,13 @@ def test_two_who_come_at_one_time_may_see_each_other_twice() -> None:
     """RFC 6121 4.2.2 and 4.3.2: by broadcast and by probe."""
     story = Story().begin("a", A).begin("b", B).tell(Saw, "a", B, True).tell(Saw, "a", B, True)
     assert story.found() == []
+    assert story.tell(Saw, "a", B, True).found() == [WRONG_PRESENCE]
+
+
+def test_a_probe_may_meet_a_session_at_both_routers_when_one_drains() -> None:
+    story = Story().begin("a", A).begin("b", B)
+    story.events.append(Fault(story.at, "", "drain node", story.at + 1))
+    assert story.tell(Saw, "a", B, True).tell(Saw, "a", B, True).tell(Saw, "a", B, True).found() == []
     assert story.tell(Saw, "a", B, True).found() == [WRONG_PRESENCE]
 
 

@@ -158,3 +158,40 @@ async def test_sessions_of_a_router_that_only_our_view_does_not_show_live_on(
         async with asyncio.timeout(5):
             while await nodes.rows("juliet"):
                 await asyncio.sleep(0.01)
+
+
+async def test_a_session_has_the_epoch_of_its_row_though_several_raise_it_at_one_time(tmp_path: Path) -> None:
+    """Drills, seed 124: behind the database's absence all those that had waited raised it, each counted one, and the
+    session was nobody's any more."""
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        await nodes.client("juliet")
+        session, keep = nodes.session("a", "juliet"), nodes.routers["a"]._binding.keep
+        assert session is not None
+        begun = session.epoch
+        told = nodes.late("a")
+        first, second = (asyncio.create_task(keep(session)) for _ in range(2))
+        async with asyncio.timeout(5):
+            while [row.epoch for row in await nodes.rows("juliet")] != [begun + 1]:
+                await asyncio.sleep(0.01)
+        told.set()
+        assert [await first, await second] == [True, True]
+        assert [row.epoch for row in await nodes.rows("juliet")] == [session.epoch]
+
+
+async def test_an_epoch_that_was_raised_twice_while_it_is_raised_is_no_other_router_s_row(tmp_path: Path) -> None:
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        await nodes.client("juliet")
+        session, keep = nodes.session("a", "juliet"), nodes.routers["a"]._binding.keep
+        assert session is not None
+        go_on = asyncio.Event()
+        nodes.databases["a"].before = go_on.wait
+        slow = asyncio.create_task(keep(session))
+        await asyncio.sleep(0)
+        nodes.databases["a"].before = at_once
+        assert await keep(session)
+        assert await keep(session)
+        go_on.set()
+        assert await slow
+        assert [row.epoch for row in await nodes.rows("juliet")] == [session.epoch]
