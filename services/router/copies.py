@@ -35,8 +35,10 @@ log = get_logger("cluster")
 
 # Seconds between two looks for sessions without a second holder.
 LOOK = 0.5
-# Seconds for a connector to have what it is to copy: then another one takes its place.
+# Seconds for a connector to have what it is to copy: then another one takes its place; and where there is none, until
+# the session goes on without.
 SILENT = 1.0
+ALONE = 3.0
 # Seconds for a connector to say that it has forgotten a copy.
 FORGET_TIMEOUT = 1.0
 # Seconds between two looks at what is confirmed and written.
@@ -116,7 +118,7 @@ class Copies:
     def _replace(self, session: Session, silent: ConnectorLink) -> None:
         """The connector that holds the copy of a session says nothing: another one takes its place, and has all
         before anything that has waited for it goes on."""
-        log.info("copy_not_kept", session=session.id, connector=silent.incarnation, reason=f"silent for {SILENT} s")
+        log.info("copy_not_kept", session=session.id, connector=silent.incarnation, reason="it is silent")
         session.holder = None
         self._let_go(session, silent, 0.0)
         self.cover(session, silent)
@@ -148,11 +150,7 @@ class Copies:
             or (holder is not None and not self.is_near(holder))
         ):
             return
-        links = {
-            link.incarnation: link
-            for link in self.links()
-            if link is not session.link and link is not silent and not link.local and link.handling is not None
-        }
+        links = self._candidates(session, silent)
         away = [name for name in links if self._host_of(name) != own]
         others = away or [name for name in links if holder is None]
         if others:
@@ -160,6 +158,14 @@ class Copies:
             self._go_on(session)
             if holder is not None and holder is not session.link:
                 self._let_go(session, holder)
+
+    def _candidates(self, session: Session, silent: ConnectorLink | None) -> dict[str, ConnectorLink]:
+        """Who could hold the copy of a session, by incarnation."""
+        return {
+            link.incarnation: link
+            for link in self.links()
+            if link is not session.link and link is not silent and not link.local and link.handling is not None
+        }
 
     def _let_go(self, session: Session, link: ConnectorLink, patience: float = FORGET_TIMEOUT) -> None:
         """A connector is to forget its copy. When it does not say that it has, the session's epoch is raised: nobody
@@ -206,12 +212,15 @@ class Copies:
         """Covers those whose holders are gone, and those for whom there was no good one."""
         while True:
             await asyncio.sleep(LOOK)
-            overdue = time.monotonic() - SILENT
             for session in sessions:
-                if session.uncopied and session.uncopied[0][0] < overdue and session.holder is not None:
+                if session.holder is not None and self._is_silent(session, session.holder):
                     self._replace(session, session.holder)
                 elif session.resume_seconds:
                     self.cover(session)
+
+    def _is_silent(self, session: Session, holder: ConnectorLink) -> bool:
+        waited = time.monotonic() - session.uncopied[0][0] if session.uncopied else 0.0
+        return waited > SILENT and (waited > ALONE or bool(self._candidates(session, holder)))
 
     # --- what goes into them ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -121,15 +122,18 @@ async def test_when_nobody_else_is_there_what_has_waited_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copies, "LOOK", 0.01)
-    monkeypatch.setattr(copies, "SILENT", 0.5)
+    monkeypatch.setattr(copies, "SILENT", 0.1)
+    monkeypatch.setattr(copies, "ALONE", 0.5)
     house.present.remove(house.c)
     session = house.session(house.here)
     assert session.holder is house.b  # type: ignore[comparison-overlap]
     gone_on: list[int] = []
+    began = time.monotonic()
     when_copied(session, house.b, lambda: gone_on.append(1))  # type: ignore[arg-type]
     running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
     await soon(lambda: gone_on == [1], "it goes on")
     running.cancel()
+    assert time.monotonic() - began > 0.5, "one that is late is better than none"
 
 
 async def test_the_connector_of_the_stream_is_never_asked_to_hold_the_copy_as_another_one(house: House) -> None:
