@@ -45,8 +45,8 @@ ANSWER_WITHIN = 30.0
 PRESENCE_WITHIN = 10.0
 # Two sessions that begin within these seconds may see each other twice: by broadcast and by probe (RFC 6121 4.2.2, 4.3.2).
 AT_ONE_TIME = 10.0
-# Then a third time, when a router drains: a probe may meet a session at the router that gives it and at the one that takes it.
-DRAINS = frozenset(("drain node", "backlog moves"))
+# And three times while something breaks: a probe may meet a session at the router that gives it and at the one that takes it,
+# and is answered again when a router dies of which nobody knows what it has answered.
 # Seconds in which a router has said of a stanza that it is dealt with.
 DEALT_WITH = 1.0
 # Faults in which a node, or its router, stands still.
@@ -291,13 +291,11 @@ class _Case:
         # Both ask at one time; or the router dies before it has said that it has dealt with the first presence.
         together = abs(contact.began - life.began) < AT_ONE_TIME
         twice = together or any(life.began <= fault.at < life.began + DEALT_WITH for fault in self.faults)
-        drained = together and any(
-            fault.what in DRAINS
-            and fault.at < max(contact.began, life.began) + AT_ONE_TIME
-            and fault.healed > life.began
+        broken = together and any(
+            fault.at < max(contact.began, life.began) + AT_ONE_TIME and fault.healed > life.began
             for fault in self.faults
         )
-        available = "A{0,3}" if drained else "A{0,2}" if twice else "A?"
+        available = "A{0,3}" if broken else "A{0,2}" if twice else "A?"
         over = self._over(life)
         if over is None:
             return available

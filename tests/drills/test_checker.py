@@ -420,7 +420,7 @@ def test_two_who_come_at_one_time_may_see_each_other_twice() -> None:
     assert story.tell(Saw, "a", B, True).found() == [WRONG_PRESENCE]
 
 
-def test_a_probe_may_meet_a_session_at_both_routers_when_one_drains() -> None:
+def test_a_probe_may_be_answered_twice_while_something_breaks() -> None:
     story = Story().begin("a", A).begin("b", B)
     story.events.append(Fault(story.at, "", "drain node", story.at + 1))
     assert story.tell(Saw, "a", B, True).tell(Saw, "a", B, True).tell(Saw, "a", B, True).found() == []
