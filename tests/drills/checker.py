@@ -51,6 +51,8 @@ AT_ONE_TIME = 10.0
 DEALT_WITH = 1.0
 # Faults in which a node, or its router, stands still.
 HUNG = frozenset(("hang node", "hang router", "hung between", "owner wakes"))
+# Seconds after which a server knows that a client has gone.
+KNOWN = 1.0
 # Seconds by which a client may notice later than the server that its stream is lost, with XEP-0198 and without.
 NOTICED, PLAIN_NOTICED = 5.0, 25.0
 
@@ -209,12 +211,13 @@ class _Case:
                 last[chain] = (place, event.key)
 
     def _inherited(self, event: Received, sent: Sent) -> bool:
-        """Another session of the account could have had it: one that lived beside this one, and broke before this came."""
+        """Another session of the account could have had it: one that lived beside this one, as far as the server could know,
+        and broke before this came. (Who binds its full JID again is known to have ended.)"""
         heir = self.lives[event.session]
         return sent.to != heir.jid and any(
             life is not heir
             and life.began <= event.at
-            and (life.ended is None or life.ended > heir.began)
+            and (life.ended is None or life.ended > heir.began - (KNOWN if life.jid != heir.jid else 0.0))
             and (life.broken_before(event.at) or self._hung(life, event.at))
             for life in self.lives.of(heir.account)
         )

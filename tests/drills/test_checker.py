@@ -293,6 +293,15 @@ def test_what_was_for_the_account_before_a_session_began_may_fall_to_it_behind_w
     assert story().deliver("b2", "3", "2", "1").found() == [DISORDERED]
 
 
+def test_what_another_device_had_falls_to_a_session_when_the_server_knows_that_the_device_has_gone() -> None:
+    def story(seconds: float) -> Story:
+        sent = both().begin("b2", B2).send("a", "1", "b@x").send("a", "2", B).cut("b").end("b").cut("b2").end("b2")
+        return sent.wait(seconds).begin("b3", B).deliver("b3", "2", "1")
+
+    assert story(0).found() == []
+    assert story(2).found() == [DISORDERED]
+
+
 def test_what_was_sent_to_a_session_itself_is_no_heritage() -> None:
     def story() -> Story:
         sent = both().begin("b2", B2).send("a", "1", B).send("a", "2", B2).send("a", "3", B2)
