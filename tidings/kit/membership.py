@@ -118,7 +118,7 @@ class Member:
         self._reported: dict[str, float] = {}
         # Incarnations that links of ours do not reach.
         self._unreachable: set[str] = set()
-        self._watch = ViewWatch(registries, clock)
+        self._watch = ViewWatch(registries, clock, self._of_peers)
 
     # --- joining and leaving ---
 
@@ -216,7 +216,8 @@ class Member:
             refused=await refused(node.address, node.port),
         )
         try:
-            await self._ask(lambda stub: stub.ReportUnreachable(request, timeout=CALL_TIMEOUT))
+            channels = [*self._registries(), *self._of_peers()]
+            await self._ask(lambda stub: stub.ReportUnreachable(request, timeout=CALL_TIMEOUT), channels)
         except (grpc.RpcError, Refused) as error:
             log.debug("report_failed", node=node.hostname, reason=str(error))
 
@@ -245,7 +246,7 @@ class Member:
         except grpc.RpcError as error:
             failure = error
         # Ours may be cut off from the database.
-        for _, channel in self._peers():
+        for channel in self._of_peers():
             stub: Any = RegistryServiceStub(channel)
             try:
                 await stub.Leave(request, timeout=PEER_TIMEOUT)
@@ -254,12 +255,16 @@ class Member:
                 failure = error
         log.warning("leaving_not_told", reason=describe(failure))
 
-    async def _ask(self, call: Callable[[Any], Awaitable[Any]], alone: Any = None) -> Any:
+    def _of_peers(self) -> list[Any]:
+        """The registries of other nodes, for when ours are not there."""
+        return [channel for _, channel in self._peers()]
+
+    async def _ask(self, call: Callable[[Any], Awaitable[Any]], channels: Sequence[Any] | None = None) -> Any:
         """Asks the registries one after the other until one is there, first the one that was there last. A hung one
-        may have done what it was asked: whatever is asked here may be repeated. `alone`: the one to ask."""
+        may have done what it was asked: whatever is asked here may be repeated. `channels`: of these, not of ours."""
         failure: grpc.RpcError | None = None
-        channels = sorted(self._registries(), key=lambda one: one is not self._answered) if alone is None else [alone]
-        for channel in channels:
+        known = self._registries() if channels is None else channels
+        for channel in sorted(known, key=lambda one: one is not self._answered):
             try:
                 response = await call(RegistryServiceStub(channel))
             except grpc.RpcError as error:
@@ -319,7 +324,7 @@ class Member:
 
     async def _through_ours(self, request: pb.BeatRequest, timeout: float) -> Answer:
         """A beat by the registry of this process where there is one, or else by one of those that we were told of."""
-        own = next(iter(self._registries()), None) if self._own_registry else None
+        own = self._registries()[:1] if self._own_registry else None
         answer, response = await _answer(lambda: self._ask(lambda stub: stub.Beat(request, timeout=timeout), own))
         if response is not None:
             self._renewed = self._clock()
@@ -332,7 +337,7 @@ class Member:
         async def through(stub: Any) -> Answer:
             return (await _answer(lambda: stub.Beat(request, timeout=PEER_TIMEOUT)))[0]
 
-        return [through(RegistryServiceStub(channel)) for _, channel in self._peers()]
+        return [through(RegistryServiceStub(channel)) for channel in self._of_peers()]
 
     async def _look_for_peers(self) -> None:
         others = [node for node in self.view if node.incarnation != self.node.incarnation]

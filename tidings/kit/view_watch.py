@@ -24,17 +24,26 @@ BEHIND = 1.0
 
 
 class ViewWatch:
-    """Watches one registry after the other; while none answers, the last view holds."""
+    """Watches one registry after the other: ours, and while none of them answers those of other nodes. While no
+    registry at all does, the last view holds."""
 
-    def __init__(self, registries: Callable[[], Sequence[Any]], clock: Callable[[], float]) -> None:
-        """`registries`: channels, in the order in which to try them."""
+    def __init__(
+        self,
+        registries: Callable[[], Sequence[Any]],
+        clock: Callable[[], float],
+        peers: Callable[[], Sequence[Any]] = tuple,
+    ) -> None:
+        """`registries`, `peers`: channels, in the order in which to try them."""
         self._registries = registries
+        self._peers = peers
         self._clock = clock
         self._listeners: list[Callable[[ClusterView], None]] = []
         self._changed = asyncio.Event()
         # The call that brings the changes; where our view stands while a registry has a newer one, and since when.
         self._call: Any = None
         self._behind: tuple[int, float] | None = None
+        # A registry of another node is watched.
+        self._aside = False
         self.view = ClusterView()
 
     def on_change(self, listener: Callable[[ClusterView], None]) -> None:
@@ -55,24 +64,36 @@ class ViewWatch:
         """Follows the registries' view until cancelled."""
         while True:
             for channel in self._registries():
-                stub: Any = RegistryServiceStub(channel)
-                try:
-                    self._call = stub.WatchNodes(pb.WatchNodesRequest(since=self.view.version))
-                    async for update in self._call:
-                        self._take(update)
-                except grpc.RpcError as error:
-                    log.debug("watch_ended", reason=describe(error))
-                except asyncio.CancelledError:
-                    if is_cancelled():
-                        raise
+                await self._follow(channel)
+            self._aside = True
+            for channel in self._peers():
+                if self._aside:
+                    await self._follow(channel)
+            self._aside = False
             await asyncio.sleep(RETRY)
 
+    async def _follow(self, channel: Any) -> None:
+        """Takes what a registry tells, until it tells nothing more."""
+        stub: Any = RegistryServiceStub(channel)
+        try:
+            self._call = stub.WatchNodes(pb.WatchNodesRequest(since=self.view.version))
+            async for update in self._call:
+                self._take(update)
+        except grpc.RpcError as error:
+            log.debug("watch_ended", reason=describe(error))
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+
     def compare(self, version: int) -> None:
-        """A registry has told its version: when ours is behind for long, the one that is watched hangs, and the next
-        one is watched."""
+        """A registry of ours has told its version: so it is there, and watched again. When our view is behind for
+        long, the one that is watched hangs, and the next one is."""
         ours = self.view.version
         now = self._clock()
-        if version <= ours:
+        if self._aside:
+            self._aside = False
+            self._call.cancel()
+        elif version <= ours:
             self._behind = None
         elif self._behind is None or self._behind[0] != ours:
             self._behind = (ours, now)

@@ -248,6 +248,56 @@ async def other(registry: Registry) -> AsyncIterator[Registry]:
     await running.stop()
 
 
+async def test_while_its_registries_are_not_there_a_node_hears_of_the_others_from_theirs(
+    registry: Registry, tasks: Tasks
+) -> None:
+    other = Registry()
+    other.store = registry.store
+    other.start()
+    first = Member(
+        NODE, lambda: registry.channels, tasks, lambda: (1.0, 2.0), lambda _why, _how: None,
+        peers=lambda: [(NODE, other.channels[0])],
+    )  # fmt: skip
+    await first.join(5)
+    assert await first.wait_until(lambda view: len(view) == 1, 5)
+    await registry.stop()
+    second = member(other, tasks, replace(NODE, hostname="n2", incarnation="i2"))
+    await second.join(5)
+    assert await first.wait_until(lambda view: len(view) == 2, 5)
+    third = replace(NODE, hostname="n3", incarnation="i3", port=1)
+    await member(other, tasks, third).join(5)
+    assert await first.wait_until(lambda view: len(view) == 3, 5)
+    looked: list[Node] = []
+    told = asyncio.Event()
+
+    async def look_soon(node: Node, *_: Any) -> None:
+        looked.append(node)
+        told.set()
+
+    other.members.look_soon = look_soon  # type: ignore[method-assign]
+    first.report(third, "connections are refused")
+    async with asyncio.timeout(5):
+        await told.wait()
+    assert [node.hostname for node in looked] == ["n3"]
+    await other.stop()
+
+
+async def test_a_registry_of_its_own_is_watched_again_when_it_is_back(
+    registry: Registry, tasks: Tasks, hung: Any
+) -> None:
+    first = Member(
+        NODE, lambda: registry.channels, tasks, lambda: (1.0, 2.0), lambda _why, _how: None,
+        peers=lambda: [(NODE, hung)],
+    )  # fmt: skip
+    await first.join(5)
+    assert await first.wait_until(lambda view: len(view) == 1, 5)
+    await registry.stop()
+    assert not await first.newer_view(0.1)
+    registry.start()
+    await member(registry, tasks, replace(NODE, hostname="n2", incarnation="i2")).join(5)
+    assert await first.wait_until(lambda view: len(view) == 2, 5)
+
+
 async def test_who_does_not_reach_the_database_leaves_when_a_peer_does_again_and_again(
     registry: Registry, other: Registry, tasks: Tasks
 ) -> None:
