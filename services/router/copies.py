@@ -35,6 +35,8 @@ log = get_logger("cluster")
 
 # Seconds between two looks for sessions without a second holder.
 LOOK = 0.5
+# Seconds by which a look may be late: if it is by more, this router has stood still, and nobody else was silent.
+LATE = 0.5
 # Seconds for a connector to have what it is to copy: then another one takes its place; and where there is none, until
 # the session goes on without.
 SILENT = 1.0
@@ -210,16 +212,21 @@ class Copies:
 
     async def run(self, sessions: Sessions) -> None:
         """Covers those whose holders are gone, and those for whom there was no good one."""
+        looked = awake = time.monotonic()
         while True:
             await asyncio.sleep(LOOK)
+            now = time.monotonic()
+            if now - looked > LOOK + LATE:
+                awake = now  # it was this router that stood still
+            looked = now
             for session in sessions:
-                if session.holder is not None and self._is_silent(session, session.holder):
+                if session.holder is not None and self._is_silent(session, session.holder, now, awake):
                     self._replace(session, session.holder)
                 elif session.resume_seconds:
                     self.cover(session)
 
-    def _is_silent(self, session: Session, holder: ConnectorLink) -> bool:
-        waited = time.monotonic() - session.uncopied[0][0] if session.uncopied else 0.0
+    def _is_silent(self, session: Session, holder: ConnectorLink, now: float, awake: float) -> bool:
+        waited = now - max(awake, session.uncopied[0][0]) if session.uncopied else 0.0
         return waited > SILENT and (waited > ALONE or bool(self._candidates(session, holder)))
 
     # --- what goes into them ---

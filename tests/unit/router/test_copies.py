@@ -136,6 +136,27 @@ async def test_when_nobody_else_is_there_what_has_waited_goes_on(
     assert time.monotonic() - began > 0.5, "one that is late is better than none"
 
 
+async def test_no_holder_is_blamed_for_the_time_in_which_the_router_stood_still(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drills, seed 152: a router that woke let go of the copies that it was about to need."""
+    monkeypatch.setattr(copies, "LOOK", 0.05)
+    monkeypatch.setattr(copies, "SILENT", 0.5)
+    session = house.session(house.here)
+    holder, _other = house.others(session)
+    gone_on: list[int] = []
+    when_copied(session, holder, lambda: gone_on.append(1))  # type: ignore[arg-type]
+    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    while time.monotonic() < began + 1.2:
+        pass  # it stands still
+    asyncio.get_running_loop().call_later(0.2, holder.confirm)
+    await soon(lambda: gone_on == [1], "it goes on")
+    running.cancel()
+    assert (session.holder, holder.forgotten) == (holder, [])
+
+
 async def test_the_connector_of_the_stream_is_never_asked_to_hold_the_copy_as_another_one(house: House) -> None:
     """It would take what the client has sent, and what is copied to it, for something to be written to the client."""
     house.present = [house.here]
