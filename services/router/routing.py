@@ -171,6 +171,10 @@ class Routing:
         try:
             if kind == MESSAGE:
                 self.safety.sent(session, envelope, to)
+                if session.withheld is not None and session.withheld.refused(envelope.to_jid):
+                    raise StanzaError(
+                        "resource-constraint", "what was sent there before could not be stored", type="wait"
+                    )
             handlers = self._hooks.sent.get(kind)
             if handlers is not None:
                 # Only kinds that a module watches are wrapped: messages mostly are not.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tidings.kit.module import IQ
+from tidings.kit.module import IQ, MESSAGE
 
 if TYPE_CHECKING:
     from services.router.sessions import Session
@@ -18,7 +19,7 @@ class Withheld:
     must be. An error goes before everything else that says of the same stanza that it was taken: it has the number of
     the stanza that it answers. Pure."""
 
-    __slots__ = ("_last", "_queue", "_taken")
+    __slots__ = ("_last", "_queue", "_refused", "_taken")
 
     def __init__(self) -> None:
         # By number, then in the order in which they came.
@@ -26,6 +27,8 @@ class Withheld:
         self._taken = 0
         # Of each sender, the highest number.
         self._last: dict[str, int] = {}
+        # Of each account, how many messages to it have come back, of which the client does not know.
+        self._refused: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -38,7 +41,14 @@ class Withheld:
         """The number for which the last one of a sender waits, or 0."""
         return self._last.get(sender, 0)
 
+    def refused(self, to: str) -> bool:
+        """Whether a message to this address, or to another resource of it, has come back, and the client does not
+        know: if this router dies the next one takes it for new, and what was taken behind it would be before it."""
+        return bool(self._refused[_account(to)])
+
     def add(self, envelope: Envelope, number: int) -> None:
+        if _comes_back(envelope):
+            self._refused[_account(envelope.from_jid)] += 1
         self._taken += 1
         heapq.heappush(self._queue, (number, self._taken, envelope))
         self._last[envelope.from_jid] = max(number, self.last(envelope.from_jid))
@@ -50,8 +60,19 @@ class Withheld:
             number, _, envelope = heapq.heappop(self._queue)
             if self.last(envelope.from_jid) <= number:
                 self._last.pop(envelope.from_jid, None)
+            if _comes_back(envelope):
+                self._refused[_account(envelope.from_jid)] -= 1
             ready.append(envelope)
         return ready
+
+
+def _comes_back(envelope: Envelope) -> bool:
+    """Whether it is an error of ours for a message."""
+    return envelope.kind == MESSAGE and bool(envelope.answers)
+
+
+def _account(jid: str) -> str:
+    return jid.partition("/")[0]
 
 
 def awaited(session: Session, envelope: Envelope, answers: int) -> int:

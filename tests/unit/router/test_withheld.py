@@ -74,6 +74,41 @@ async def test_an_error_goes_out_before_the_answer_that_says_that_its_message_wa
     await until(lambda: got(router, romeo)[2:] == [("result", "behind")])
 
 
+async def test_nothing_is_taken_for_an_account_behind_a_message_whose_error_is_held_back(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drills, seed 150: the router died, the next one took the message for new, and stored it behind the later one."""
+    romeo, nurse = await router.session("romeo"), await router.session("nurse")
+    kept: list[str] = []
+    failed = 0
+
+    async def keep(message: Message) -> None:
+        nonlocal failed
+        if not failed:
+            failed += 1
+            raise DatabaseAway("a test says so")
+        kept.append(message.account.local)
+
+    messages: Any = router.stores.messages
+    waiting: list[Callable[[None], None]] = []
+    monkeypatch.setattr(messages, "keep", keep)
+    monkeypatch.setattr(messages, "write", lambda _message, done: waiting.append(done))
+    for name in ("gone", "other"):
+        await router.stores.accounts.create(HOST, name, {})
+    await router.send(romeo, message("1", nurse.jid_text))
+    await router.send(romeo, message("2", f"gone@{HOST}"))
+    await until(lambda: romeo.withheld is not None)
+    assert got(router, romeo) == [], "it waits for the first one"
+    await router.send(romeo, message("3", f"gone@{HOST}/r"))
+    await router.send(romeo, message("4", f"other@{HOST}"))
+    await until(lambda: kept == ["other"])
+    for done in waiting:
+        done(None)
+    await until(lambda: got(router, romeo) == [("error", "2"), ("error", "3")])
+    await router.send(romeo, message("5", f"gone@{HOST}"))
+    await until(lambda: kept == ["other", "gone"])
+
+
 async def test_an_answer_of_somebody_else_waits_for_what_was_sent_before_its_request_and_for_no_more(
     router: MemoryRouter,
 ) -> None:
