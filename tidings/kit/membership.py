@@ -246,13 +246,14 @@ class Member:
         except grpc.RpcError as error:
             failure = error
         # Ours may be cut off from the database.
-        for channel in self._of_peers():
-            stub: Any = RegistryServiceStub(channel)
+        for stub in _stubs(self._of_peers()):
             try:
                 await stub.Leave(request, timeout=PEER_TIMEOUT)
                 return
             except grpc.RpcError as error:
                 failure = error
+            except grpc.aio.UsageError:
+                continue  # its node has gone
         log.warning("leaving_not_told", reason=describe(failure))
 
     def _of_peers(self) -> list[Any]:
@@ -264,9 +265,12 @@ class Member:
         may have done what it was asked: whatever is asked here may be repeated. `channels`: of these, not of ours."""
         failure: grpc.RpcError | None = None
         known = self._registries() if channels is None else channels
-        for channel in sorted(known, key=lambda one: one is not self._answered):
+        ordered = sorted(known, key=lambda one: one is not self._answered)
+        for channel, stub in zip(ordered, _stubs(ordered), strict=True):
             try:
-                response = await call(RegistryServiceStub(channel))
+                response = await call(stub)
+            except grpc.aio.UsageError:
+                continue  # its node has gone
             except grpc.RpcError as error:
                 if error.code() not in _NOT_THERE:
                     raise
@@ -337,7 +341,7 @@ class Member:
         async def through(stub: Any) -> Answer:
             return (await _answer(lambda: stub.Beat(request, timeout=PEER_TIMEOUT)))[0]
 
-        return [through(RegistryServiceStub(channel)) for channel in self._of_peers()]
+        return [through(stub) for stub in _stubs(self._of_peers())]
 
     async def _look_for_peers(self) -> None:
         others = [node for node in self.view if node.incarnation != self.node.incarnation]
@@ -371,6 +375,12 @@ class Member:
         """Waits for any newer view; False when none comes in time."""
         version = self.view.version
         return await self.wait_until(lambda view: view.version != version, timeout)
+
+
+def _stubs(channels: Sequence[Any]) -> list[Any]:
+    """One for each channel, before anything is waited for: to make one for a channel that was closed meanwhile ends
+    the process (grpcio 1.85). What is asked through one then raises UsageError."""
+    return [RegistryServiceStub(channel) for channel in channels]
 
 
 async def _answer(call: Callable[[], Awaitable[pb.BeatResponse]]) -> tuple[Answer, pb.BeatResponse | None]:

@@ -66,9 +66,11 @@ class ViewWatch:
             for channel in self._registries():
                 await self._follow(channel)
             self._aside = True
-            for channel in self._peers():
-                if self._aside:
-                    await self._follow(channel)
+            tried: list[Any] = []
+            # Each time anew: of nodes that have gone meanwhile the channels are closed.
+            while self._aside and (channel := next((one for one in self._peers() if one not in tried), None)):
+                tried.append(channel)
+                await self._follow(channel)
             self._aside = False
             await asyncio.sleep(RETRY)
 

@@ -282,6 +282,30 @@ async def test_while_its_registries_are_not_there_a_node_hears_of_the_others_fro
     await other.stop()
 
 
+async def test_the_channel_of_a_node_that_went_while_another_one_was_watched_is_not_used(
+    registry: Registry, tasks: Tasks
+) -> None:
+    """grpcio ends the process that makes a stub for a closed channel (drills, seed 163: three at one time)."""
+    other = Registry()
+    other.store = registry.store
+    other.start()
+    going = dial("127.0.0.1", 1, b"", KEYS, "registry")
+    peers = [(NODE, other.channels[0]), (NODE, going)]
+    first = Member(
+        NODE, lambda: registry.channels, tasks, lambda: (1.0, 2.0), lambda _why, _how: None, peers=lambda: peers
+    )
+    await first.join(5)
+    await registry.stop()
+    await member(other, tasks, replace(NODE, hostname="n2", incarnation="i2")).join(5)
+    assert await first.wait_until(lambda view: len(view) == 2, 5)
+    del peers[1:]
+    await going.close()
+    await other.stop()
+    registry.start()
+    await member(registry, tasks, replace(NODE, hostname="n3", incarnation="i3")).join(5)
+    assert await first.wait_until(lambda view: len(view) == 3, 5)
+
+
 async def test_a_registry_of_its_own_is_watched_again_when_it_is_back(
     registry: Registry, tasks: Tasks, hung: Any
 ) -> None:
