@@ -215,6 +215,8 @@ class AccountDelivery:
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)
                 item.missed = TABLE_ASKED
+                if item.payload.kind == MESSAGE:
+                    await self._safety.offered(Jid.parse(item.account))
                 self._forwarder.copies(item, Plan(nodes=elsewhere, certain=False), False)
                 return
             if self._own in nodes:

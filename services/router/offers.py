@@ -35,6 +35,10 @@ class Offers:
         """Whether the session that a message was given to has gone, or may have. `holder`: as in Message."""
         return bool(holder) and (self._is_gone(holder) or self.is_looking())
 
+    def owes(self, account: Jid) -> bool:
+        """Whether something is written, and being offered."""
+        return account in self._owed
+
     def _is_gone(self, holder: str) -> bool:
         return self._sessions.get(holder.removeprefix(CLAIMED)) is None
 

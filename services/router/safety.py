@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,9 @@ FAIR = 4
 # Below this part of the limit, sockets are read again; and the seconds between two looks.
 RELIEF = 0.5
 LOOK = 0.5
+# Seconds for what is being written for an account, before more for it goes to another router; and between two looks.
+OFFERED = 2.0
+SOON = 0.02
 
 
 class Safety:
@@ -250,6 +254,14 @@ class Safety:
             waiter.settle()
         elif sender is not None and sender.inbound.settle(number):
             self.on_safe(sender)
+
+    async def offered(self, account: Jid) -> None:
+        """Waits, not for long, until what is written here for an account is committed, and offered where its session
+        has gone: what goes to it elsewhere from now on came behind that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(OFFERED):
+                while self._messages.is_writing_for(account) or self.offers.owes(account):  # noqa: ASYNC110 - soon
+                    await asyncio.sleep(SOON)
 
     def acknowledged(self, session: Session, what: list[Envelope | bytes]) -> None:
         """A session has what it was given."""

@@ -10,7 +10,8 @@ import pytest
 
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.store import SessionRow
-from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, until, view
+from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, together, until, view
+from tests.unit.router.nodes import at_home
 from tidings.cluster.node import NodeState
 from tidings.cluster.strategies.broadcast import Broadcast
 from tidings.cluster.strategies.online_users import OnlineUsers
@@ -82,6 +83,29 @@ async def test_what_is_for_a_full_jid_does_not_go_past_what_the_table_has_sent_a
                     seen = len(juliet.held)
                     stored_before.append(await pending())
         assert stored_before == [1, 3, 5], "all that goes before what comes there is stored by then"
+
+
+async def test_what_goes_elsewhere_waits_for_what_is_still_being_written_for_its_account_here() -> None:
+    """Drills, seed 81: a router stood still in the midst of a commit; when it woke the account's next session was at
+    another one, which stored what was passed on to it before the commit was done."""
+    async with together("ab", Stores(), modules=MODULES) as (a, b):
+        name = at_home("juliet", ab="a")
+        await a.stores.accounts.create(HOST, name, {})
+        romeo, before = await a.session(at_home("romeo", ab="a")), await a.session(name)
+        a.stores.messages.away = True
+        await a.send(romeo, message("1", before.jid_text))
+        assert [envelope.id for envelope in a.link.of(before)] == ["1"]
+        await a.end(before)
+        juliet = await b.session(name)
+        sending = asyncio.create_task(a.send(romeo, message("2", juliet.jid_text)))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert b.link.of(juliet) == []
+        a.stores.messages.away = False
+        await until(lambda: len(b.link.of(juliet)) == 2)
+        first, second = b.link.of(juliet)
+        assert (b"id='1'" in first.stanza, b"id='2'" in second.stanza) == (True, True)
+        await sending
 
 
 async def test_what_comes_from_a_router_that_has_lost_a_session_waits_for_what_that_had_for_it() -> None:
