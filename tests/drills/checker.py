@@ -44,9 +44,9 @@ ANSWER_WITHIN = 30.0
 # Seconds of a contact's working stream within which it sees that a session is over, when its time is over and all healed.
 PRESENCE_WITHIN = 10.0
 # Two sessions that begin within these seconds may see each other twice: by broadcast and by probe (RFC 6121 4.2.2, 4.3.2).
-AT_ONE_TIME = 10.0
 # And three times while something breaks: a probe may meet a session at the router that gives it and at the one that takes it,
 # and is answered again when a router dies of which nobody knows what it has answered.
+AT_ONE_TIME = 10.0
 # Seconds in which a router has said of a stanza that it is dealt with.
 DEALT_WITH = 1.0
 # Faults in which a node, or its router, stands still.

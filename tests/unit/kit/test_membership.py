@@ -46,8 +46,8 @@ class Store(MemoryNodeStore):
 class Registry:
     """A registry that can go away and come back, over one store."""
 
-    def __init__(self) -> None:
-        self.store = Store()
+    def __init__(self, store: Store | None = None) -> None:
+        self.store = store or Store()
         self.channels: list[Any] = []
 
     def start(self) -> None:
@@ -113,8 +113,10 @@ async def tasks() -> AsyncIterator[Tasks]:
     await owner.stop()
 
 
-def member(registry: Registry, tasks: Tasks, node: Node = NODE, expelled: Any = lambda _why, _how: None) -> Member:
-    return Member(node, lambda: registry.channels, tasks, lambda: (1.0, 2.0), expelled)
+def member(
+    registry: Registry, tasks: Tasks, node: Node = NODE, expelled: Any = lambda _why, _how: None, peers: Any = list
+) -> Member:
+    return Member(node, lambda: registry.channels, tasks, lambda: (1.0, 2.0), expelled, peers)
 
 
 async def test_who_joins_beats_and_sees_the_others(registry: Registry, tasks: Tasks) -> None:
@@ -225,6 +227,77 @@ async def test_the_watch_does_not_stay_with_a_registry_that_hangs(
     assert await first.wait_until(lambda view: view.node("n2") is not None, 5)
 
 
+# --- no registry of its own ---
+
+
+@pytest.fixture
+async def theirs(registry: Registry) -> AsyncIterator[Registry]:
+    """Another node's registry; the store is one, as the database is."""
+    running = Registry(registry.store)
+    running.start()
+    yield running
+    await running.stop()
+
+
+async def test_while_its_registries_are_not_there_a_node_hears_of_the_others_from_theirs(
+    registry: Registry, theirs: Registry, tasks: Tasks
+) -> None:
+    first = member(registry, tasks, peers=lambda: [(NODE, theirs.channels[0])])
+    await first.join(5)
+    assert await first.wait_until(lambda view: len(view) == 1, 5)
+    await registry.stop()
+    second = member(theirs, tasks, replace(NODE, hostname="n2", incarnation="i2"))
+    await second.join(5)
+    assert await first.wait_until(lambda view: len(view) == 2, 5)
+    third = replace(NODE, hostname="n3", incarnation="i3", port=1)
+    await member(theirs, tasks, third).join(5)
+    assert await first.wait_until(lambda view: len(view) == 3, 5)
+    looked: list[Node] = []
+    told = asyncio.Event()
+
+    async def look_soon(node: Node, *_: Any) -> None:
+        looked.append(node)
+        told.set()
+
+    theirs.members.look_soon = look_soon  # type: ignore[method-assign]
+    first.report(third, "connections are refused")
+    async with asyncio.timeout(5):
+        await told.wait()
+    assert [node.hostname for node in looked] == ["n3"]
+
+
+async def test_the_channel_of_a_node_that_went_while_another_one_was_watched_is_not_used(
+    registry: Registry, theirs: Registry, tasks: Tasks
+) -> None:
+    """grpcio ends the process that makes a stub for a closed channel (drills, seed 163: three at one time)."""
+    going = dial("127.0.0.1", 1, b"", KEYS, "registry")
+    peers = [(NODE, theirs.channels[0]), (NODE, going)]
+    first = member(registry, tasks, peers=lambda: peers)
+    await first.join(5)
+    await registry.stop()
+    await member(theirs, tasks, replace(NODE, hostname="n2", incarnation="i2")).join(5)
+    assert await first.wait_until(lambda view: len(view) == 2, 5)
+    del peers[1:]
+    await going.close()
+    await theirs.stop()
+    registry.start()
+    await member(registry, tasks, replace(NODE, hostname="n3", incarnation="i3")).join(5)
+    assert await first.wait_until(lambda view: len(view) == 3, 5)
+
+
+async def test_a_registry_of_its_own_is_watched_again_when_it_is_back(
+    registry: Registry, tasks: Tasks, hung: Any
+) -> None:
+    first = member(registry, tasks, peers=lambda: [(NODE, hung)])
+    await first.join(5)
+    assert await first.wait_until(lambda view: len(view) == 1, 5)
+    await registry.stop()
+    assert not await first.newer_view(0.1)
+    registry.start()
+    await member(registry, tasks, replace(NODE, hostname="n2", incarnation="i2")).join(5)
+    assert await first.wait_until(lambda view: len(view) == 2, 5)
+
+
 # --- the database of one node ---
 
 
@@ -246,80 +319,6 @@ async def other(registry: Registry) -> AsyncIterator[Registry]:
     running.start()
     yield running
     await running.stop()
-
-
-async def test_while_its_registries_are_not_there_a_node_hears_of_the_others_from_theirs(
-    registry: Registry, tasks: Tasks
-) -> None:
-    other = Registry()
-    other.store = registry.store
-    other.start()
-    first = Member(
-        NODE, lambda: registry.channels, tasks, lambda: (1.0, 2.0), lambda _why, _how: None,
-        peers=lambda: [(NODE, other.channels[0])],
-    )  # fmt: skip
-    await first.join(5)
-    assert await first.wait_until(lambda view: len(view) == 1, 5)
-    await registry.stop()
-    second = member(other, tasks, replace(NODE, hostname="n2", incarnation="i2"))
-    await second.join(5)
-    assert await first.wait_until(lambda view: len(view) == 2, 5)
-    third = replace(NODE, hostname="n3", incarnation="i3", port=1)
-    await member(other, tasks, third).join(5)
-    assert await first.wait_until(lambda view: len(view) == 3, 5)
-    looked: list[Node] = []
-    told = asyncio.Event()
-
-    async def look_soon(node: Node, *_: Any) -> None:
-        looked.append(node)
-        told.set()
-
-    other.members.look_soon = look_soon  # type: ignore[method-assign]
-    first.report(third, "connections are refused")
-    async with asyncio.timeout(5):
-        await told.wait()
-    assert [node.hostname for node in looked] == ["n3"]
-    await other.stop()
-
-
-async def test_the_channel_of_a_node_that_went_while_another_one_was_watched_is_not_used(
-    registry: Registry, tasks: Tasks
-) -> None:
-    """grpcio ends the process that makes a stub for a closed channel (drills, seed 163: three at one time)."""
-    other = Registry()
-    other.store = registry.store
-    other.start()
-    going = dial("127.0.0.1", 1, b"", KEYS, "registry")
-    peers = [(NODE, other.channels[0]), (NODE, going)]
-    first = Member(
-        NODE, lambda: registry.channels, tasks, lambda: (1.0, 2.0), lambda _why, _how: None, peers=lambda: peers
-    )
-    await first.join(5)
-    await registry.stop()
-    await member(other, tasks, replace(NODE, hostname="n2", incarnation="i2")).join(5)
-    assert await first.wait_until(lambda view: len(view) == 2, 5)
-    del peers[1:]
-    await going.close()
-    await other.stop()
-    registry.start()
-    await member(registry, tasks, replace(NODE, hostname="n3", incarnation="i3")).join(5)
-    assert await first.wait_until(lambda view: len(view) == 3, 5)
-
-
-async def test_a_registry_of_its_own_is_watched_again_when_it_is_back(
-    registry: Registry, tasks: Tasks, hung: Any
-) -> None:
-    first = Member(
-        NODE, lambda: registry.channels, tasks, lambda: (1.0, 2.0), lambda _why, _how: None,
-        peers=lambda: [(NODE, hung)],
-    )  # fmt: skip
-    await first.join(5)
-    assert await first.wait_until(lambda view: len(view) == 1, 5)
-    await registry.stop()
-    assert not await first.newer_view(0.1)
-    registry.start()
-    await member(registry, tasks, replace(NODE, hostname="n2", incarnation="i2")).join(5)
-    assert await first.wait_until(lambda view: len(view) == 2, 5)
 
 
 async def test_who_does_not_reach_the_database_leaves_when_a_peer_does_again_and_again(
