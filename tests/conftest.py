@@ -74,8 +74,11 @@ def installation(
     crashed = [name for name, code in codes.items() if code == -signal.SIGSEGV and '"stopping"' in running.log(name)]
     if crashed:
         warnings.warn(f"crashed while they stopped: {crashed}", stacklevel=1)
-    assert {code for name, code in codes.items() if name not in crashed} <= {0}, f"{codes}\n{running.logs()[-4000:]}"
-    assert '"level": "error"' not in running.logs(), running.logs()
+    faults = [f"{name} ended with {code}" for name, code in codes.items() if code and name not in crashed]
+    faults += [line for line in running.logs().splitlines() if '"level": "error"' in line]
+    # What is wrong stands last: of a long report the end is what is seen.
+    if faults:
+        pytest.fail("\n".join([running.logs()[-4000:], "", *faults]), pytrace=False)
 
 
 @pytest.fixture(scope="session")

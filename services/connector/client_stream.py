@@ -411,6 +411,13 @@ class ClientStream:
         self._flush()
         self._connection.close()
 
+    def superseded(self) -> None:
+        """Another stream has its session: where to go with this one, and what was to be told there, is settled."""
+        left = self.relocation.left if self.relocation is not None else None
+        self.relocation = self.copy = None
+        self.tell_end(*(left or (False, "another stream has its session")))
+        self._connection.close()
+
     def router_lost(self, gone: bool) -> None:
         """The link to the router is over. Where the router is gone, a session of which there is a copy goes on at
         another one; any other stream ends."""

@@ -76,8 +76,13 @@ class Streams:
         return [self._by_number[candidate] for candidate in numbers[:most]]
 
     def bound(self, stream: ClientStream) -> None:
+        """It has its session from now on. Its router is told of the end of the stream that had the session before
+        anything of the new one: it takes nothing of the session until then."""
         self.copies.forget(stream.session)
+        before = self.by_session.get(stream.session)
         self.by_session[stream.session] = stream
+        if before is not None and before is not stream and before.link is stream.link:
+            before.superseded()
 
     def remove(self, stream: ClientStream, reason: str) -> None:
         if self._by_number.pop(stream.number, None) is None:

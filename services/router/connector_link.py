@@ -58,7 +58,8 @@ class ConnectorLink:
         self.location = ""
         self._negotiator = negotiator
         self.outbox = outbox
-        self._trusted = trusted
+        # Whether the connector is in this process: then nothing is held by two.
+        self.local = trusted
         # Whether the connector has copies of the sessions whose streams it serves.
         self._copies = not trusted and negotiator.copies.wanted
         self._spawn = spawn
@@ -66,6 +67,8 @@ class ConnectorLink:
         self.cut_off = cut_off
         self._streams: dict[int, Negotiation] = {}
         self._sessions: dict[str, Session] = {}
+        # By session: the stream that it had and has no longer, till the connector says that this one has ended.
+        self._given_up: dict[str, int] = {}
         # Sessions without a stream here whose copies are here.
         self._held: dict[str, Session] = {}
         # Sessions that this router takes over from copies there, while what their clients have sent follows.
@@ -85,7 +88,7 @@ class ConnectorLink:
 
     def receive(self, request: AttachRequest) -> None:
         """Takes a batch; returns when all of it is worked off or waits in a lane. Raises Gap."""
-        if self._trusted:
+        if self.local:
             self.outbox.received = request.sequence
         else:
             self.outbox.confirmed(request.received_through)
@@ -111,13 +114,15 @@ class ConnectorLink:
             self.close(session.stream, "internal-server-error")
 
     def _stanza(self, envelope: Envelope, now: int) -> None:
+        if envelope.origin in self._given_up:
+            return  # of the stream that it had: what the client was not told to be handled it sends on the new one
         session = self._sessions.get(envelope.origin)
         if session is None:
             if (coming := self._coming.get(envelope.origin)) is not None:
                 coming[2].append(own_copy(envelope))
                 self._follows(envelope.origin)
             return  # else it has ended, and the connector does not know yet
-        if not self._trusted and not _verified(envelope, session.jid_text):
+        if not self.local and not _verified(envelope, session.jid_text):
             log.error("connector_lied", connector=self.name, session=session.id)
             self.close(session.stream, "internal-server-error", "the stanza did not arrive whole")
             return
@@ -166,8 +171,10 @@ class ConnectorLink:
             self._surrendered(event.surrendered.session)
             return
         stream = self._streams.get(number)
-        if stream is None:
-            return  # closed by us meanwhile
+        if stream is None:  # closed by us meanwhile
+            if which == "closed":
+                self._given_up = {session: old for session, old in self._given_up.items() if old != number}
+            return
         if which == "opened":
             stream.lane.run(self._negotiator.opened, stream, event.opened)
         elif which == "sasl_initiate":
@@ -177,7 +184,7 @@ class ConnectorLink:
         elif which == "sasl_abort":
             stream.lane.run(self._negotiator.sasl_abort, stream)
         elif which == "stanza":
-            if not self._trusted and not _verified(event.stanza, None):
+            if not self.local and not _verified(event.stanza, None):
                 self.close(number, "internal-server-error", "the stanza did not arrive whole")
                 return
             event.stanza.received_unix_ms = now
@@ -190,7 +197,7 @@ class ConnectorLink:
             if session is not None and session.resume_seconds:
                 # Behind all that was sent to it; the client goes on elsewhere.
                 self.command(number).close.keep_session = True
-                self._streams.pop(number, None)
+                self.give_up(session)
                 self._negotiator.resumption.suspend(session)
             elif session is not None:
                 self._spawn(self._negotiator.leave(session), "a session whose connector drains")
@@ -298,11 +305,6 @@ class ConnectorLink:
         if self._copies:
             self._begin_copy(session, bound)
 
-    @property
-    def local(self) -> bool:
-        """Whether the connector is in this process: then nothing is held by two."""
-        return self._trusted
-
     def _serve(self, session: Session) -> None:
         self._sessions[session.id] = session
         self._held.pop(session.id, None)
@@ -337,7 +339,7 @@ class ConnectorLink:
             stream.session = session
             self._serve(session)
             return
-        if not self._trusted:
+        if not self.local:
             session.holder = self
             self._held[session.id] = session
         self._negotiator.copies.cover(session)
@@ -355,7 +357,7 @@ class ConnectorLink:
             return
         if session.holder is self:
             self._held[session.id] = session
-        elif not self._trusted:
+        elif not self.local:
             self.forget(session)
 
     def release(self, session: Session) -> None:
@@ -401,7 +403,7 @@ class ConnectorLink:
 
     def when_copied(self, then: Callable[[], None]) -> None:
         """Calls `then` when the connector has what it was sent last, or is gone."""
-        if self.over or self._trusted:
+        if self.over or self.local:
             then()
             return
         response: AttachResponse = self.outbox.batch
@@ -451,9 +453,10 @@ class ConnectorLink:
         """Whether a stream has not ended."""
         return self._streams.get(stream.number) is stream
 
-    def give_up(self, number: int) -> None:
-        """A stream has lost its session to another one: what comes of it is nobody's."""
-        self._streams.pop(number, None)
+    def give_up(self, session: Session) -> None:
+        """A session loses its stream, perhaps to another one: what still comes of this one is nobody's."""
+        self._streams.pop(session.stream, None)
+        self._given_up[session.id] = session.stream
 
     def moved(self, number: int, router: str, view_version: int, ticket: bytes) -> None:
         """A stream without a session goes to another router."""

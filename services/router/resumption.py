@@ -250,7 +250,7 @@ class Resumption:
             # Its end first: what the connector is to forget then is the copy that it keeps of a broken stream.
             before.close(session.stream, "conflict", "resumed by another connection")
             before.unbound(session)
-            before.give_up(session.stream)
+            before.give_up(session)
         _stop_waiting(session)
         link = stream.link
         session.link, session.stream, session.connector = link, stream.number, link.incarnation

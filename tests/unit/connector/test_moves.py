@@ -80,6 +80,13 @@ class Bound:
         self.reached = asyncio.Event()
         self.reached.set()
         self.there = True
+        self.add()
+        if bound:
+            self.command(session_bound=BOUND)
+        self.told(self.old)
+
+    def add(self) -> None:
+        """A stream that is authenticated. What is said and done here is this one's from now on."""
         self.connection = Connection()
         core = ServerStream(StreamConfig(frozenset({"example.org"}), tls_available=False, tls_required=False))
         self.stream = ClientStream(
@@ -91,9 +98,6 @@ class Bound:
             b" xmlns:stream='http://etherx.jabber.org/streams'>"
         )
         core.authenticated_, core.state = True, State.BINDING
-        if bound:
-            self.command(session_bound=BOUND)
-        self.told(self.old)
 
     async def _link_to(self, router: str) -> RouterLink | None:
         assert router == "new"
@@ -280,3 +284,25 @@ async def test_a_stream_ends_when_its_router_is_lost_in_the_midst_of_a_move() ->
         bound.stream.router_lost(True)
         assert len(bound.streams) == 0
         assert (b"<system-shutdown" in bound.connection.written) is not left
+
+
+async def test_of_a_stream_that_moves_the_end_is_told_when_its_session_goes_on_with_another_one() -> None:
+    """The router takes nothing of the session until it knows that the old stream sends no more."""
+    bound = Bound()
+    bound.say(1)
+    bound.command(prepare_move=PrepareMove(attempt=1))
+    bound.say(2)
+    bound.receive(bound.old, 1, close=CloseStream(condition="conflict"))
+    assert bound.told(bound.old) == ["1", "move_ready 1"]
+    before, connection = bound.stream, bound.connection
+    bound.add()
+    bound.receive(bound.old, 2, session_bound=BOUND)
+    bound.say(2)
+    assert bound.told(bound.old) == ["opened", "closed", "2"]
+    assert connection.closed
+    assert not bound.connection.closed
+    # The router says this of each move that does not come about.
+    bound.receive(bound.old, 1, moved=Moved())
+    before.received(b"<message id='3' to='romeo@example.org'/>")
+    assert bound.told(bound.old) == []
+    assert bound.streams.by_session == {"s": bound.stream}

@@ -363,3 +363,44 @@ async def test_a_holder_that_begins_learns_which_requests_under_way_have_their_a
         ("2", "get", True),
         ("3", "get", False),
     ]
+
+
+async def test_what_the_old_stream_still_brings_is_not_of_the_resumed_session(attached: Attached) -> None:
+    """5: the client sends again what `h` does not count. A connector that was not read for a while has more of the
+    old stream; it comes behind <resume/>, and before the end of that stream."""
+    romeo = await resumable(attached, "romeo")
+    juliet = await resumable(attached, "juliet")
+    sent(attached, romeo, "1", juliet)
+    old = romeo.stream
+    await until(lambda: romeo.inbound.h == 1)
+    await resume(attached, romeo, 0)
+    assert b"h='1'" in answer(attached)
+    sent(attached, romeo, "2", juliet)
+    assert got(attached, juliet) == []
+    event = StreamEvent(stream=old)
+    event.closed.clean = False
+    attached.link.receive(AttachRequest(events=[event]))
+    for id_ in ("2", "3"):
+        sent(attached, romeo, id_, juliet)
+    assert got(attached, juliet) == [2, 3]
+    await until(lambda: romeo.inbound.h == 3)
+    assert romeo.stream == 77
+    assert romeo.link is attached.link
+
+
+async def test_what_comes_of_a_stream_whose_connector_drains_is_not_of_the_one_that_resumes_there(
+    attached: Attached,
+) -> None:
+    romeo = await resumable(attached, "romeo")
+    juliet = await resumable(attached, "juliet")
+    leaving = StreamEvent(stream=romeo.stream)
+    leaving.leaving.SetInParent()
+    closed = StreamEvent(stream=romeo.stream)
+    closed.closed.clean = False
+    attached.link.receive(AttachRequest(events=[leaving]))
+    await resume(attached, romeo, 0)
+    sent(attached, romeo, "1", juliet)
+    attached.link.receive(AttachRequest(events=[closed]))
+    sent(attached, romeo, "1", juliet)
+    assert got(attached, juliet) == [1]
+    await until(lambda: romeo.inbound.h == 1)
