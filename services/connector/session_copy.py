@@ -43,7 +43,7 @@ class Sent(NamedTuple):
     to: str
     children: Sequence[str]
     raw: bytes
-    # A request that has its answer.
+    # A request that has its answer; or a message that has come back, or is safe.
     answered: bool = False
 
 
@@ -199,9 +199,20 @@ class SessionCopy:
             self._delivered.append(Delivered(envelope.delivery, envelope.origin, number, kind, raw))
             if not record.counts and len(self._delivered) > MAX_DELIVERED:
                 self._delivered.popleft()
+        if kind == MESSAGE and envelope.answers:
+            self._came_back(envelope.answers)
         if kind == IQ and envelope.type not in REQUESTS:
             self._asked.pop((envelope.from_jid, envelope.id), None)
             self._answered(envelope.from_jid, envelope.id)
+
+    def _came_back(self, place: int) -> None:
+        """Of the stanzas since bind, the message at this place: another router must not pass it on all the same."""
+        left = place - self._passed
+        for index, sent in enumerate(self._sent):
+            left -= sent.kind != NONZA
+            if not left and sent.kind == MESSAGE:
+                self._sent[index] = sent._replace(answered=True)
+                return
 
     def _answered(self, from_jid: str, id_: str) -> None:
         for index, sent in enumerate(self._sent):

@@ -12,6 +12,7 @@ from services.router.deliveries import Deliveries
 from services.router.delivery import Action, Addressed
 from services.router.iq_deadlines import REQUESTS
 from services.router.messages import CLAIMED
+from services.router.passing import Passing, goes_on
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Forwarder, Item
@@ -55,6 +56,7 @@ class AccountDelivery:
         safety: Safety,
         deliveries: Deliveries,
         answers: Answers,
+        passing: Passing,
         newer_view: Callable[[float], Awaitable[bool]],
     ) -> None:
         self._own = own
@@ -65,6 +67,7 @@ class AccountDelivery:
         self._safety = safety
         self._deliveries = deliveries
         self._answers = answers
+        self._passing = passing
         self._newer_view = newer_view
         self._forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
         self._strategy: Strategy = None  # type: ignore[assignment]
@@ -131,10 +134,22 @@ class AccountDelivery:
             if len(present) == 1:
                 self.give(present[0], envelope, item.waiter)
                 return True
-            self._safety.given(envelope, present[0].jid.bare, self._holder(present), item.waiter)
+            self._give_all(present, envelope, item.waiter)
+            return True
         for receiver in present:
             self._deliveries.to_session(receiver, envelope)
         return bool(present)
+
+    def _give_all(self, present: Sequence[Session], envelope: Envelope, waiter: Waiter | None) -> None:
+        """A message to several sessions of one account."""
+        one = next(filter(goes_on, present), None)
+        safe = self._safety.given(
+            envelope, present[0].jid.bare, self._holder(present), waiter, passes=one is not None
+        )
+        for receiver in present:
+            self._deliveries.to_session(receiver, envelope)
+        if safe is not None and one is not None:
+            self._passing.when_passed(one, safe)
 
     def when_arrived(self, item: Item) -> Pending:
         """Of an item that no session here has taken: one of them may be arriving. Its router was told that it is."""
@@ -159,10 +174,10 @@ class AccountDelivery:
             return
         copied = self._deliveries.is_copied(session, envelope)
         holder = CLAIMED + session.id if alone else self._holder((session,))
-        safe = self._safety.given(envelope, session.jid.bare, holder, waiter, copied)
+        safe = self._safety.given(envelope, session.jid.bare, holder, waiter, copied, goes_on(session))
         self._deliveries.to_session(session, envelope)
         if safe is not None:
-            self._deliveries.when_copied(session, safe)
+            self._passing.when_passed(session, safe)
 
     def _holder(self, sessions: Sequence[Session]) -> str:
         """Of those that a message is for, the first one that is given it now; else the one that gets it from the

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from services.router.held import own_copy
 from services.router.iq_deadlines import REQUESTS
 from services.router.negotiation import Negotiation, Negotiator
-from services.router.routing_fields import fill
+from services.router.routing_fields import fill, verified
 from services.router.sessions import when_copied
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import (
@@ -25,7 +25,7 @@ from tidings.api.router.v1.router_pb2 import (
 )
 from tidings.kit.link import Lane, Outbox, Overflow, in_order
 from tidings.kit.logging import get_logger
-from tidings.kit.module import IQ, KINDS, NONZA
+from tidings.kit.module import IQ, MESSAGE, NONZA
 from tidings.xmpp.jid import normal
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class ConnectorLink:
                 coming[2].append(own_copy(envelope))
                 self._follows(envelope.origin)
             return  # else it has ended, and the connector does not know yet
-        if not self.local and not _verified(envelope, session.jid_text):
+        if not self.local and not verified(envelope, session.jid_text):
             log.error("connector_lied", connector=self.name, session=session.id)
             self.close(session.stream, "internal-server-error", "the stanza did not arrive whole")
             return
@@ -184,7 +184,7 @@ class ConnectorLink:
         elif which == "sasl_abort":
             stream.lane.run(self._negotiator.sasl_abort, stream)
         elif which == "stanza":
-            if not self.local and not _verified(event.stanza, None):
+            if not self.local and not verified(event.stanza, None):
                 self.close(number, "internal-server-error", "the stanza did not arrive whole")
                 return
             event.stanza.received_unix_ms = now
@@ -270,6 +270,8 @@ class ConnectorLink:
         )
         if kind == IQ:
             added.type, added.id, added.from_jid = envelope.type, envelope.id, envelope.from_jid
+        elif kind == MESSAGE and envelope.answers:
+            added.answers = session.inbound.place(envelope.answers)
 
     def write(self, session: Session, raw: bytes) -> None:
         """Writes an element that is no stanza to the session's stream."""
@@ -348,7 +350,7 @@ class ConnectorLink:
         """What a client has sent, and what may have been lost with the router that had its session."""
         if envelope.kind == NONZA:
             self._negotiator.acknowledgements.nonza(self, session, envelope)
-        elif _verified(envelope, session.jid_text):
+        elif verified(envelope, session.jid_text):
             self._take(session, envelope, int(time.time() * 1000), again=True)
 
     def unbound(self, session: Session) -> None:
@@ -379,6 +381,8 @@ class ConnectorLink:
             fill(envelope)
             if envelope.kind == IQ and envelope.type in REQUESTS and session.inbound.is_safe(sent.number):
                 envelope.answered = (normal(sent.to), sent.id) not in session.asked
+            elif envelope.kind == MESSAGE:
+                envelope.answered = session.inbound.is_safe(sent.number)  # it may have come back
             self.copy_sent(session, envelope)
 
     def _begin_copy(self, session: Session, message: SessionBound | SessionAttached) -> None:
@@ -484,17 +488,3 @@ def _not_held_by(session: Session, link: ConnectorLink) -> None:
     session.copied.pop(link, None)
     if session.holder is link:
         session.holder = None
-
-
-def _verified(envelope: Envelope, from_jid: str | None) -> bool:
-    """Puts the routing fields of the bytes into the envelope; False when the bytes are not what they must be.
-
-    `from_jid`: the session's, which must be in it; None before there is a session, when it may be any element.
-    """
-    element = fill(envelope)
-    envelope.answers = 0
-    if element is None:
-        return False
-    if from_jid is None or element.name.startswith("{"):
-        return True
-    return element.name in KINDS and element.attrs.get("from") == from_jid

@@ -24,6 +24,7 @@ from services.router.deliveries import Deliveries, is_tracked
 from services.router.endings import Endings
 from services.router.iq_deadlines import REQUESTS
 from services.router.notes import Notes
+from services.router.passing import Passing
 from services.router.sessions import Session, Sessions
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.flows import Waiter
@@ -93,8 +94,9 @@ class Routing:
             sessions, hooks, components, self.deliveries, self.step, safety.sender, self._reply_elsewhere
         )
         self._at_account = AccountDelivery(
-            own, sessions, hooks, accounts, table, safety, self.deliveries, self.answers, newer_view
-        )
+            own, sessions, hooks, accounts, table, safety, self.deliveries, self.answers,
+            Passing(sessions, self.deliveries, spawn), newer_view,
+        )  # fmt: skip
         # Told of what a session answers to the server.
         self.on_answer: Callable[[Session, Envelope], object] = lambda _session, _envelope: None
         # By account and router: sessions that were taken over from there, each with what is set when that is settled.

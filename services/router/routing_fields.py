@@ -30,3 +30,17 @@ def fill(envelope: Envelope) -> Element | None:
     del envelope.children[:]
     envelope.children.extend(element.children)
     return element
+
+
+def verified(envelope: Envelope, from_jid: str | None) -> bool:
+    """Puts the routing fields of the bytes into the envelope; False when the bytes are not what they must be.
+
+    `from_jid`: the session's, which must be in it; None before there is a session, when it may be any element.
+    """
+    element = fill(envelope)
+    envelope.answers = 0
+    if element is None:
+        return False
+    if from_jid is None or element.name.startswith("{"):
+        return True
+    return element.name in KINDS and element.attrs.get("from") == from_jid

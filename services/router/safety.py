@@ -162,23 +162,32 @@ class Safety:
         return waiter
 
     def given(
-        self, envelope: Envelope, account: Jid, holder: str, waiter: Waiter | None = None, copied: bool = False
+        self,
+        envelope: Envelope,
+        account: Jid,
+        holder: str,
+        waiter: Waiter | None = None,
+        copied: bool = False,
+        passes: bool = False,
     ) -> Callable[[], None] | None:
         """A session of an account gets a message, and perhaps others too: it is written, and if it goes into the
         archive the receivers are told its id. Call it before it is delivered.
 
         `waiter`: who waits until it is safe, if that is not the session that has sent it. `copied`: the receiver's
-        copy gets it; where it is safe with that, what is returned is to be called then.
+        copy gets it now, and `passes`: now or soon; where that makes it safe, what is returned is to be called then.
         """
         if not self.waits and self._rules.idle:
             return None
         message = self.message(envelope, account, holder, self.waits)
-        if message is not None and not (copied and self.memory):
+        if message is None:
+            if not passes:
+                return None
+        elif copied and self.memory:
+            self._messages.write(message, self._written)
+        else:
             self._write(message, waiter)
             return None
-        if message is not None:
-            self._messages.write(message, self._written)
-        if not copied or not self.waits or not envelope.number:
+        if not self.waits or not envelope.number:
             return None
         # What is stored for nobody must not be lost either with the router of a session that goes on.
         sender = waiter if waiter is not None else self._sender(envelope.origin, envelope.number)

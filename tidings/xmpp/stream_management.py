@@ -165,6 +165,14 @@ class Inbound:
         the first one that is not in `h`, or not safe if it does not count."""
         return self.before + self.handled if self.counts else self.safe_through
 
+    def place(self, number: int) -> int:
+        """The position of what came with this number on the present stream, the first one being 1; 0 if it is in `h`,
+        or safe if it does not count."""
+        if not self.counts:
+            return number if number > self.safe_through else 0
+        places = enumerate(self._counted, self.position + 1)
+        return next((place for place, sent in places if sent.number == number), 0)
+
     @property
     def passed(self) -> int:
         """The same, but for what the client does not count and is not safe yet."""

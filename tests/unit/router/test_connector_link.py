@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from services.router import module_loader
-from services.router.connector_link import ConnectorLink, _verified
+from services.router.connector_link import ConnectorLink
 from services.router.copies import Copies
 from services.router.negotiation import Negotiation, Negotiator
 from services.router.resumption import Resumption
+from services.router.routing_fields import verified
 from services.router.sessions import Session
 from tests.unit.router.memory_router import HOST, MemoryRouter, iq, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -32,7 +33,7 @@ GOOD = (
 
 def test_routing_fields_come_from_the_bytes() -> None:
     envelope = Envelope(kind=IQ, type="lie", id="lie", to_jid="tybalt@example.org", children=["lie"], stanza=GOOD)
-    assert _verified(envelope, JID)
+    assert verified(envelope, JID)
     assert (envelope.kind, envelope.type, envelope.id) == (MESSAGE, "chat", "1")
     assert (envelope.to_jid, list(envelope.children)) == ("juliet@example.org", ["body"])
 
@@ -52,13 +53,13 @@ def test_routing_fields_come_from_the_bytes() -> None:
     ],
 )
 def test_what_is_not_one_stanza_of_the_session_is_refused(raw: bytes) -> None:
-    assert not _verified(Envelope(stanza=raw), JID)
-    assert _verified(Envelope(stanza=GOOD), JID), "the next one is not harmed"
+    assert not verified(Envelope(stanza=raw), JID)
+    assert verified(Envelope(stanza=GOOD), JID), "the next one is not harmed"
 
 
 def test_before_there_is_a_session_an_element_that_is_no_stanza_is_told_apart() -> None:
     envelope = Envelope(kind=IQ, stanza=b"<failure xmlns='urn:ietf:params:xml:ns:xmpp-sasl' type='get'/>")
-    assert _verified(envelope, None)
+    assert verified(envelope, None)
     assert envelope.kind == NONZA
 
 

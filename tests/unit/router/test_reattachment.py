@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.router.nodes import HOST, Client, Nodes, at_home, away, running, soon
+from tests.unit.router.nodes import HOST, Client, Nodes, at_home, at_once, away, running, soon
 
 SM = "urn:xmpp:sm:3"
 QUERY = "<query xmlns='jabber:iq:version'/>"
@@ -106,6 +106,29 @@ async def test_what_a_client_sent_and_its_dead_router_may_not_have_passed_on_is_
         assert juliet.numbers() == list(range(1, 51)), f"it had {juliet_had}"
         romeo.send(f"<r xmlns='{SM}'/>")
         await soon(lambda: h_of(romeo)[-1:] == [50], "all are acknowledged")
+
+
+async def test_a_message_that_has_come_back_is_not_passed_on_by_the_next_router(tmp_path: Path) -> None:
+    """An earlier one is not safe yet, so the connector's copy has both when the router dies."""
+    async with pair(tmp_path) as (nodes, romeo, juliet):
+        absent = await nodes.client(at_home("mercutio", ab="a"), "a")
+        absent.disconnect()
+        await soon(lambda: nodes.session("a", absent.name) is None, "he is gone")
+        await enabled(romeo)
+        nodes.databases["b"].before = away
+        romeo.say(f"{juliet.name}@{HOST}/r", 1)
+        await juliet.until("<body>1</body>")
+        nodes.databases["a"].before = nodes.databases["a"].reading = away
+        romeo.say(f"{absent.name}@{HOST}", 2)
+        await romeo.until("resource-constraint")
+        assert h_of(romeo) == []
+        nodes.databases["b"].before = at_once
+        await killed(nodes, "a", romeo, juliet)
+        await nodes.is_at("b", romeo.name)
+        romeo.send(f"<r xmlns='{SM}'/>")
+        await soon(lambda: h_of(romeo)[-1:] == [2], "both are dealt with")
+        await nodes.waiting(absent.name, 0)
+        assert "resource-constraint" not in romeo.written, "nor does it come back again"
 
 
 async def test_what_a_dead_router_had_stored_and_not_delivered_comes_first(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class Pair:
         self.given: list[tuple[int, str]] = []
         self.repeat: list[str] = []
         self.text = 0
+        # The numbers of those on the present stream that have come back as errors, before they were safe.
+        self.came_back: set[int] = set()
 
     def send(self, text: str = "") -> None:
         """A new stanza, or one that is repeated."""
@@ -62,6 +64,17 @@ class Pair:
         if unsafe:
             self.session.inbound.settle(unsafe[index % len(unsafe)])
 
+    def comes_back(self, index: int) -> None:
+        """The client gets an error for one of its messages; the copy has it first."""
+        inbound, outbound = self.session.inbound, self.session.outbound
+        unsafe = [number for number in inbound.unsafe() if inbound.place(number)]
+        if unsafe:
+            number = unsafe[index % len(unsafe)]
+            outbound.sent += 1
+            error = Envelope(kind=MESSAGE, type="error", delivery=outbound.sent, answers=inbound.place(number))
+            self.copy.delivered(error, b"<message type='error'/>")
+            self.came_back.add(number)
+
     def progress(self) -> None:
         inbound = self.session.inbound
         self.copy.progress(
@@ -76,6 +89,7 @@ class Pair:
         inbound = self.session.inbound
         if inbound.counts and inbound.passed >= inbound.before:
             under_way = inbound.under_way()
+            self.came_back.clear()
             self.copy = SessionCopy("r1")
             self.copy.begin(record_of(self.session, ()), b"")
             for sent in under_way:
@@ -86,6 +100,7 @@ class Pair:
         inbound = self.session.inbound
         if inbound.counts:
             self.repeat = [sent.id for sent in inbound.kept()]
+            self.came_back.clear()
             inbound.resume()
             self.copy = SessionCopy("r1")
             self.copy.begin(record_of(self.session, ()), b"")
@@ -113,7 +128,7 @@ def accept(session: Session, text: str, raw: bytes) -> int:
 STEPS = st.lists(
     st.one_of(
         st.just("send"), st.just("send"), st.just("enable"), st.just("progress"), st.just("resume"), st.just("again"),
-        st.just("hold"), st.just("skip"), st.integers(0, 5),
+        st.just("hold"), st.just("skip"), st.integers(0, 5), st.integers(-6, -1),
     ),
     max_size=60,
 )  # fmt: skip
@@ -128,7 +143,10 @@ def test_the_router_that_takes_over_gives_the_same_numbers(steps: list[Any]) -> 
     told = 0
     for step in steps:
         if isinstance(step, int):
-            pair.settle(step)
+            if step < 0:
+                pair.comes_back(-step)
+            else:
+                pair.settle(step)
         elif step in ("again", "skip"):
             # A client repeats what it likes of what it may, in order.
             if pair.repeat and (text := pair.repeat.pop(0)) and step == "again":
@@ -140,6 +158,8 @@ def test_the_router_that_takes_over_gives_the_same_numbers(steps: list[Any]) -> 
     session, numbers = pair.taken_over()
     kept = len(numbers)
     assert numbers == pair.given[len(pair.given) - kept :], "each keeps its number"
+    answered = {number for sent, (number, _) in zip(pair.copy._sent, numbers, strict=True) if sent.answered}
+    assert answered == pair.came_back & {number for number, _ in numbers}, "what has come back is known, and no other"
     assert session.inbound.handled >= told, "what was told to be handled stays it"
     assert session.inbound.handled <= pair.session.inbound.handled, (
         "nothing is taken for safe that is not known to be"

@@ -1,0 +1,63 @@
+"""Messages that are stored for nobody (RFC 6121 8.5: headlines, those of groups, errors) and given to a session that
+goes on if this router dies. Their senders hear that they are safe when the session's copies have them: what waits
+here till the session gets it would be lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from services.router.deliveries import Deliveries
+    from services.router.sessions import Session, Sessions
+
+# Seconds between two looks at whether something still waits.
+LOOK = 0.05
+
+
+class Passing:
+    """Waits until sessions have been given what came for them. One for each router."""
+
+    def __init__(self, sessions: Sessions, deliveries: Deliveries, spawn: Callable[[Any, str], Any]) -> None:
+        self._sessions = sessions
+        self._deliveries = deliveries
+        self._spawn = spawn
+        # By session: what is to be called.
+        self._waiting: dict[str, list[Callable[[], None]]] = {}
+
+    def when_passed(self, session: Session, then: Callable[[], None]) -> None:
+        """Calls `then` when a session has been given what came for it till now, and its copies have that; or when it
+        is here no longer: then that has gone where the session has."""
+        if (waiting := self._waiting.get(session.id)) is not None:
+            waiting.append(then)
+        elif _keeps_back(session):
+            self._waiting[session.id] = [then]
+            self._spawn(self._wait(session), "what a session is not given yet")
+        else:
+            self._deliveries.when_copied(session, then)
+
+    async def _wait(self, session: Session) -> None:
+        try:
+            while self._is_here(session) and _keeps_back(session):  # noqa: ASYNC110 - soon, or it ends
+                await asyncio.sleep(LOOK)
+        finally:
+            for then in self._waiting.pop(session.id):
+                if self._is_here(session):
+                    self._deliveries.when_copied(session, then)
+                else:
+                    then()
+
+    def _is_here(self, session: Session) -> bool:
+        return self._sessions.get(session.id) is session
+
+
+def goes_on(session: Session) -> bool:
+    """Whether what is given to a session now is in a copy of it, soon. One that is behind may not read for long:
+    nobody waits for that."""
+    return session.holder is not None and session.behind is None and not session.closed
+
+
+def _keeps_back(session: Session) -> bool:
+    """Whether what comes for a session waits: for its first presence, behind what is stored, or while it moves."""
+    return session.held is not None or session.early is not None or session.frozen is not None
