@@ -13,6 +13,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiosqlite
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.connector.client_stream import ClientStream
@@ -66,6 +68,21 @@ class UnsureDatabase(Database):
         self.before: Callable[[], Awaitable[None]] = at_once
         self.behind: Callable[[], Awaitable[None]] = at_once
         self.reading: Callable[[], Awaitable[None]] = at_once
+        self._connections: list[aiosqlite.Connection] = []
+
+    async def start(self) -> None:
+        await super().start()
+        assert self._engine is not None
+        event.listen(self._engine.sync_engine, "connect", self._connected)
+
+    def _connected(self, connection: Any, _record: object) -> None:
+        self._connections.append(connection.driver_connection)
+
+    async def die(self) -> None:
+        """As with its process: what was begun is rolled back, and nothing stays locked."""
+        await self.stop()
+        for connection in self._connections:
+            await connection.close()
 
     @asynccontextmanager
     async def read(self, causal: bool = False) -> AsyncIterator[AsyncConnection]:
@@ -356,7 +373,7 @@ class Nodes:
             session.link = session.holder = None
         await self._owners.pop(name).stop()
         await self.served[name].stop()
-        await self.databases.pop(name).stop()
+        await self.databases.pop(name).die()
         del self.members[name]
         self.tell(**dict.fromkeys(self.routers, UP))
 
