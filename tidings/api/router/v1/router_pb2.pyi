@@ -524,6 +524,10 @@ global___SaslAbort = SaslAbort
 
 @typing.final
 class StreamClosed(google.protobuf.message.Message):
+    """The last event of a stream. The router takes nothing of a session that has lost its stream until this has come: the
+    connector says it before anything of another stream that has the session.
+    """
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CLEAN_FIELD_NUMBER: builtins.int
