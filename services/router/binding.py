@@ -241,6 +241,8 @@ class Binding:
     async def clear(self, jid: Jid, session: str) -> None:
         """Another router needs the place of a session that is not here; its row, if it is ours, was left behind.
         Raises DatabaseAway."""
+        if session in self._unsettled:
+            return  # it goes just now: what is read of it here may be gone when it is looked at
         for row in await self._table.of_account(jid.bare):
             if row.session == session and row.router == self._own:
                 await self._end_left(row)

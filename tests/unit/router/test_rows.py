@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from services.router import binding, orphans
+from services.router.store import SessionRow
 from tests.unit.router.nodes import FAILED, HOST, UP, Client, at_home, at_once, away, running, soon
 from tidings.api.registry.v1.registry_pb2 import ListNodesResponse
 from tidings.api.registry.v1.registry_pb2_grpc import (
@@ -77,6 +78,41 @@ async def test_a_row_without_a_session_is_no_obstacle(tmp_path: Path) -> None:
         assert row.router == "a"
         client.say(f"{name}@{HOST}/r", 1)
         await soon(lambda: client.numbers() == [1], "it gets messages")
+
+
+async def test_a_row_that_goes_just_now_is_not_taken_for_left_behind(tmp_path: Path) -> None:
+    """Another router needs the place of a session whose row was read here just before it was removed."""
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        juliet = await nodes.client("juliet")
+        (row,) = await nodes.rows("juliet")
+        held = nodes.routers["a"]._binding
+        removed, read, gone, ended = asyncio.Event(), asyncio.Event(), asyncio.Event(), list[str]()
+
+        async def before() -> None:
+            await removed.wait()
+
+        async def late(account: Jid) -> list[SessionRow]:
+            rows = await of_account(account)
+            read.set()
+            await gone.wait()
+            return rows
+
+        async def end(left: SessionRow) -> None:
+            ended.append(left.session)
+
+        of_account, held._table.of_account = held._table.of_account, late  # type: ignore[method-assign]
+        held._orphans.end = end  # type: ignore[assignment, method-assign]
+        nodes.databases["a"].before = before
+        juliet.disconnect()
+        await soon(lambda: nodes.session("a", "juliet") is None, "it ends")
+        clearing = asyncio.create_task(held.clear(row.jid, row.session))
+        await soon(lambda: read.is_set() or clearing.done(), "it is looked for")
+        removed.set()
+        await soon(lambda: not held._unsettled, "it has ended")
+        gone.set()
+        await clearing
+        assert ended == []
 
 
 async def test_rows_without_a_session_are_ended_when_they_were_seen_twice(
