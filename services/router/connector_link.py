@@ -114,14 +114,16 @@ class ConnectorLink:
             self.close(session.stream, "internal-server-error")
 
     def _stanza(self, envelope: Envelope, now: int) -> None:
+        if (coming := self._coming.get(envelope.origin)) is not None:
+            # Before all else: the session may be here, and have a stream of this connector, which did not know yet.
+            coming[2].append(own_copy(envelope))
+            self._follows(envelope.origin)
+            return
         if envelope.origin in self._given_up:
             return  # of the stream that it had: what the client was not told to be handled it sends on the new one
         session = self._sessions.get(envelope.origin)
         if session is None:
-            if (coming := self._coming.get(envelope.origin)) is not None:
-                coming[2].append(own_copy(envelope))
-                self._follows(envelope.origin)
-            return  # else it has ended, and the connector does not know yet
+            return  # it has ended, and the connector does not know yet
         if not self.local and not verified(envelope, session.jid_text):
             log.error("connector_lied", connector=self.name, session=session.id)
             self.close(session.stream, "internal-server-error", "the stanza did not arrive whole")

@@ -291,9 +291,11 @@ class _Case:
         next session of the same full JID; where it comes soon, nobody need see the end of the first."""
         if contact.ended is not None and contact.ended < life.began:
             return ""
-        # Both ask at one time; or the router dies before it has said that it has dealt with the first presence.
+        # Both ask at one time; or the router of either dies before it has said that it has dealt with the first presence.
         together = abs(contact.began - life.began) < AT_ONE_TIME
-        twice = together or any(life.began <= fault.at < life.began + DEALT_WITH for fault in self.faults)
+        twice = together or any(
+            began <= fault.at < began + DEALT_WITH for fault in self.faults for began in (life.began, contact.began)
+        )
         broken = together and any(
             fault.at < max(contact.began, life.began) + AT_ONE_TIME and fault.healed > life.began
             for fault in self.faults

@@ -436,6 +436,19 @@ def test_a_probe_may_be_answered_twice_while_something_breaks() -> None:
     assert story.tell(Saw, "a", B, True).found() == [WRONG_PRESENCE]
 
 
+def test_who_logs_in_may_see_contacts_twice_when_its_router_dies_at_once() -> None:
+    """Its first presence was under way; the next router deals with it again, and asks its contacts again."""
+
+    def story(after: float) -> Story:
+        begun = Story().begin("b", B).wait(60).begin("a", A)
+        begun.events.append(Fault(begun.at + after, "", "kill router", begun.at + after + 3))
+        return begun.tell(Saw, "a", B, True).tell(Saw, "a", B, True)
+
+    assert story(0.2).found() == []
+    assert story(2.0).found() == [WRONG_PRESENCE]
+    assert story(0.2).tell(Saw, "a", B, True).found() == [WRONG_PRESENCE]
+
+
 def test_one_session_that_follows_another_of_the_same_name_may_be_seen_without_a_break() -> None:
     assert seen().cut("b").end("b").begin("b2", B).tell(Saw, "a", B, True).wait(30).found() == []
     story = seen().cut("b").end("b").tell(Saw, "a", B, False).begin("b2", B).tell(Saw, "a", B, True)

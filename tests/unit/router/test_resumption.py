@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from services.router.tickets import Tickets
 from tests.unit.router.memory_router import HOST, message, until
 from tests.unit.router.test_connector_link import Attached
 from tidings.api.common.v1.stanza_pb2 import Envelope
-from tidings.api.router.v1.router_pb2 import AttachRequest, StreamEvent
+from tidings.api.router.v1.router_pb2 import AttachRequest, SessionAttach, StreamEvent
 from tidings.kit.link import Lane
 from tidings.kit.module import IQ, MESSAGE, NONZA
 from tidings.xmpp import ns
@@ -402,5 +403,28 @@ async def test_what_comes_of_a_stream_whose_connector_drains_is_not_of_the_one_t
     sent(attached, romeo, "1", juliet)
     attached.link.receive(AttachRequest(events=[closed]))
     sent(attached, romeo, "1", juliet)
+    assert got(attached, juliet) == [1]
+    await until(lambda: romeo.inbound.h == 1)
+
+
+async def test_what_an_old_copy_brings_is_not_of_the_session_that_is_there(attached: Attached) -> None:
+    """A connector brings the copy of a session whose router is gone, and what its client has sent. The session may
+    have been taken over here from another copy by then, and its client have come back on the same connector."""
+    romeo = await resumable(attached, "romeo")
+    juliet = await resumable(attached, "juliet")
+    brought: list[tuple[int, list[str]]] = []
+
+    async def take(_link: Any, stream: int, _attach: SessionAttach, sent: list[Envelope]) -> None:
+        brought.append((stream, [envelope.id for envelope in sent]))
+
+    attached.negotiator.reattachment = type("Reattachment", (), {"take": staticmethod(take)})()  # type: ignore[assignment]
+    event = StreamEvent(stream=0)
+    event.attach.record.id, event.attach.follows = romeo.id, 2
+    sent_before = [message(id_, juliet.jid_text) for id_ in ("1", "2")]
+    for envelope in sent_before:
+        envelope.origin = romeo.id
+    attached.link.receive(AttachRequest(envelopes=sent_before, events=[event]))
+    sent(attached, romeo, "3", juliet)
+    await until(lambda: brought == [(0, ["1", "2"])])
     assert got(attached, juliet) == [1]
     await until(lambda: romeo.inbound.h == 1)
