@@ -224,17 +224,20 @@ class Adoption:
         if arrival is not None:
             await arrival.told.wait()
 
-    def attach(self, link: ConnectorLink, stream: int, attach: SessionAttach) -> Session | None:
-        """The connector brings the stream of a session; None when it is not for this stream, or not here."""
+    def attach(self, link: ConnectorLink, stream: int, attach: SessionAttach) -> tuple[Session | None, str]:
+        """The connector brings the stream of a session: that one, None when it is not for this stream, or not here;
+        and which it is, '' if nobody can know."""
         ticket = self._tickets.open(attach.ticket, link.incarnation)
-        session = self._sessions.get(ticket.session) if ticket is not None else None
-        if ticket is None or session is None or session.epoch != ticket.epoch or session.link is not None:
-            return None
+        if ticket is None:
+            return None, ""
+        session = self._sessions.get(ticket.session)
+        if session is None or session.epoch != ticket.epoch or session.link is not None:
+            return None, ticket.session
         session.link = link
         session.stream = stream
         # One that may be resumed waits for its client, when the end of its stream comes.
         session.closed = attach.left and not session.resume_seconds
-        return session
+        return session, session.id
 
     def resumed(self, session: Session) -> None:
         """The client has come back with another stream."""

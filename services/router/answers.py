@@ -134,6 +134,7 @@ class Answers:
         reply = Envelope(
             kind=envelope.kind, type=type_, id=envelope.id,
             from_jid=envelope.to_jid, to_jid=envelope.from_jid, stanza=raw, answers=envelope.number,
+            target=envelope.origin,
         )  # fmt: skip
         if asker is not None:
             self._deliveries.deliver(asker, reply)

@@ -164,6 +164,7 @@ class ConnectorLink:
             self._streams[number] = Negotiation(self, number, Lane(self._spawn))
         elif which == "attach" and number not in self._streams:
             if event.attach.HasField("record"):
+                self._given_up.pop(event.attach.record.id, None)  # that stream has gone another way meanwhile
                 self._coming[event.attach.record.id] = number, event.attach, []
                 self._follows(event.attach.record.id)
             else:
@@ -223,6 +224,7 @@ class ConnectorLink:
                 self._streams.pop(session.stream, None)
             session.closed = True
             session.lane.run(self._negotiator.resumption.surrendered, session)
+        self._given_up.pop(session_id, None)
 
     def closed(self) -> None:
         """The link is gone, and with it all its streams, and the copies at its other end."""
@@ -272,7 +274,7 @@ class ConnectorLink:
         )
         if kind == IQ:
             added.type, added.id, added.from_jid = envelope.type, envelope.id, envelope.from_jid
-        elif kind == MESSAGE and envelope.answers:
+        elif kind == MESSAGE and envelope.answers and envelope.target == session.id:
             added.answers = session.inbound.place(envelope.answers)
 
     def write(self, session: Session, raw: bytes) -> None:
@@ -319,11 +321,15 @@ class ConnectorLink:
 
     def _attach(self, number: int, attach: SessionAttach) -> None:
         """A session that this router has adopted goes on here."""
-        session = self._negotiator.adoption.attach(self, number, attach)
+        session, whose = self._negotiator.adoption.attach(self, number, attach)
         if session is None:
+            # What comes behind it is of no session either, though its client may have come back to this connector.
+            if whose in self._sessions:
+                self._given_up[whose] = number
             log.info("attach_refused", connector=self.name, stream=number)
             self.close(number, "system-shutdown", "the session is no longer there; please connect again")
             return
+        self._given_up.pop(whose, None)
         stream = self._streams[number] = Negotiation(self, number, Lane(self._spawn))
         stream.session = session
         self._serve(session)

@@ -167,6 +167,8 @@ class HandOver:
         number = session.stream
         if not await self._binding.is_reachable(session) or not self._is_here(session):
             return False  # without the database it would have to stand still till that is back
+        if (session.link, session.stream) != (link, number):
+            return False  # its client has come back with another stream meanwhile
         still = await self._is_still(session, link)
         if not still or not self._is_here(session) or (session.link, session.stream) != (link, number):
             self._stay(session, link, number)

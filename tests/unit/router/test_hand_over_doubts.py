@@ -202,6 +202,33 @@ async def test_a_stream_whose_session_has_gone_on_with_another_one_is_told_that_
         assert told == [number]
 
 
+async def test_a_stream_that_its_session_got_while_the_database_was_asked_is_not_made_to_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would tell that one that the move is off."""
+    async with running(tmp_path, "a", "b") as nodes:
+        juliet, _ = await moving(nodes)
+        session = nodes.session("a", juliet.name)
+        assert session is not None
+        hand_over, number, link = nodes.routers["a"]._hand_over, session.stream, session.link
+
+        async def resumed_meanwhile(_session: Session) -> bool:
+            session.stream = number + 5
+            return True
+
+        asked: list[object] = []
+
+        async def is_still(_session: Session, _link: object) -> bool:
+            asked.append(_link)
+            return False
+
+        monkeypatch.setattr(hand_over._binding, "is_reachable", resumed_meanwhile)
+        monkeypatch.setattr(hand_over, "_is_still", is_still)
+        assert not await hand_over._try(session, nodes.members["b"].node, link)
+        session.stream = number
+        assert asked == []
+
+
 async def test_what_waits_for_a_session_that_nobody_attaches_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -378,9 +379,7 @@ async def test_what_the_old_stream_still_brings_is_not_of_the_resumed_session(at
     assert b"h='1'" in answer(attached)
     sent(attached, romeo, "2", juliet)
     assert got(attached, juliet) == []
-    event = StreamEvent(stream=old)
-    event.closed.clean = False
-    attached.link.receive(AttachRequest(events=[event]))
+    attached.link.receive(AttachRequest(events=[closed(old)]))
     for id_ in ("2", "3"):
         sent(attached, romeo, id_, juliet)
     assert got(attached, juliet) == [2, 3]
@@ -396,12 +395,11 @@ async def test_what_comes_of_a_stream_whose_connector_drains_is_not_of_the_one_t
     juliet = await resumable(attached, "juliet")
     leaving = StreamEvent(stream=romeo.stream)
     leaving.leaving.SetInParent()
-    closed = StreamEvent(stream=romeo.stream)
-    closed.closed.clean = False
+    old = romeo.stream
     attached.link.receive(AttachRequest(events=[leaving]))
     await resume(attached, romeo, 0)
     sent(attached, romeo, "1", juliet)
-    attached.link.receive(AttachRequest(events=[closed]))
+    attached.link.receive(AttachRequest(events=[closed(old)]))
     sent(attached, romeo, "1", juliet)
     assert got(attached, juliet) == [1]
     await until(lambda: romeo.inbound.h == 1)
@@ -428,3 +426,60 @@ async def test_what_an_old_copy_brings_is_not_of_the_session_that_is_there(attac
     await until(lambda: brought == [(0, ["1", "2"])])
     assert got(attached, juliet) == [1]
     await until(lambda: romeo.inbound.h == 1)
+
+
+def closed(stream: int) -> StreamEvent:
+    event = StreamEvent(stream=stream)
+    event.closed.clean = False
+    return event
+
+
+@pytest.mark.parametrize("how", ["surrendered", "attach"])
+async def test_a_stream_that_has_gone_another_way_says_nothing_here(attached: Attached, how: str) -> None:
+    """Its end is told to the router that got it; when the session comes back, what it sends is taken."""
+    romeo = await resumable(attached, "romeo")
+    old = romeo.stream
+    await resume(attached, romeo, 0)
+    assert attached.link._given_up == {romeo.id: old}
+    event = StreamEvent(stream=0)
+    if how == "attach":
+        event.attach.record.id, event.attach.follows = romeo.id, 1
+    else:
+        event.surrendered.session = "another"
+        attached.link.receive(AttachRequest(events=[event]))
+        assert attached.link._given_up == {romeo.id: old}
+        event.surrendered.session = romeo.id
+    attached.link.receive(AttachRequest(events=[event]))
+    assert attached.link._given_up == {}
+
+
+async def test_what_follows_a_stream_that_came_too_late_is_not_of_the_session_that_is_there(
+    attached: Attached,
+) -> None:
+    """It was on its way here with the session, whose client came back on another stream of the same connector."""
+    romeo = await resumable(attached, "romeo")
+    juliet = await resumable(attached, "juliet")
+    attached.negotiator.adoption = SimpleNamespace(attach=lambda *_: (None, romeo.id))  # type: ignore[assignment]
+    event = StreamEvent(stream=9)
+    event.attach.ticket = b"t"
+    attached.link.receive(AttachRequest(events=[event]))
+    assert attached.closes() == [(9, "system-shutdown")]
+    sent(attached, romeo, "1", juliet)
+    assert got(attached, juliet) == []
+    attached.link.receive(AttachRequest(events=[closed(9)]))
+    sent(attached, romeo, "1", juliet)
+    assert got(attached, juliet) == [1]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own", "of another session"])
+async def test_an_error_says_which_message_it_answers_to_the_session_that_sent_it_only(
+    attached: Attached, own: bool
+) -> None:
+    """Another one that has its place has numbers of its own."""
+    romeo = await resumable(attached, "romeo")
+    attached.router.stores.messages.away = True  # type: ignore[attr-defined]
+    sent(attached, romeo, "1", await resumable(attached, "juliet"))
+    attached.link._copies = True
+    error = Envelope(kind=MESSAGE, type="error", answers=romeo.inbound.number, target=romeo.id if own else "before")
+    attached.link.deliver(romeo, error, 1)
+    assert attached.outbox.batch.envelopes[-1].answers == (1 if own else 0)
