@@ -107,7 +107,7 @@ class AccountDelivery:
         taken = not item.resource and self.to_sessions_here(envelope, item)
         if item.again and kind == MESSAGE and not item.resource and self.others:
             item.again = False
-            return self._again(item, plan, taken)
+            return self._again(item, plan, taken, self._ids_here(item.account))
         if plan.nodes:
             if kind == PRESENCE and not plan.certain and not self._may_move(item.account):
                 # Nobody is known to be there, and mostly nobody is: the table is not asked for each of these.
@@ -199,18 +199,29 @@ class AccountDelivery:
             return self._ask_table(item)
         return self._nobody(item)
 
-    async def _again(self, item: Item, plan: Plan, taken: bool) -> None:
+    async def _again(self, item: Item, plan: Plan, taken: bool, had: set[str]) -> None:
         """A message comes back from a router that has died. The strategy may not know yet who takes over what was
-        there; the table does. What comes behind it must not be there first, though others of the account have it."""
+        there; the table does. What comes behind it must not be there first, though others of the account have it.
+
+        `had`: ids of the sessions that were here when it was given to those.
+        """
         try:
             nodes = await self._where(item)
         except DatabaseAway:
             nodes = set(plan.nodes)
+        if self._own in nodes:
+            await self._sessions.arrived(item.account, SETTLED)
+            if self._ids_here(item.account) - had:
+                # One has come here meanwhile; those that have it do not get it twice.
+                taken = self.to_sessions_here(item.payload, item) or taken
         elsewhere = tuple(sorted(nodes & self.others))
         if elsewhere:
             self._forwarder.copies(item, Plan(nodes=elsewhere, certain=False), taken)
         elif not taken:
             await self._ask_table(item)
+
+    def _ids_here(self, account: str) -> set[str]:
+        return {session.id for session in self._sessions.of(account).values()}
 
     async def _where(self, item: Item) -> set[str]:
         """The routers that have sessions which an item may be for. Raises DatabaseAway."""

@@ -214,12 +214,21 @@ class _Case:
         """Another session of the account could have had it: one that lived beside this one, as far as the server could know,
         and broke before this came. (Who binds its full JID again is known to have ended.)"""
         heir = self.lives[event.session]
-        return sent.to != heir.jid and any(
+        if sent.to == heir.jid and not self._went_round(event, sent, heir):
+            return False
+        return any(
             life is not heir
             and life.began <= event.at
             and (life.ended is None or life.ended > heir.began - (KNOWN if life.jid != heir.jid else 0.0))
             and (life.broken_before(event.at) or self._hung(life, event.at))
             for life in self.lives.of(heir.account)
+        )
+
+    def _went_round(self, event: Received, sent: Sent, heir: Life) -> bool:
+        """It was for a session of the same full JID that had gone, fell to another device, and comes from there."""
+        return sent.at < heir.began and any(
+            other.key == event.key and other.at < event.at and self.lives[other.session].jid != heir.jid
+            for other in self.received
         )
 
     def _hung(self, life: Life, at: float) -> bool:

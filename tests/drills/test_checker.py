@@ -293,6 +293,19 @@ def test_what_was_for_the_account_before_a_session_began_may_fall_to_it_behind_w
     assert story().deliver("b2", "3", "2", "1").found() == [DISORDERED]
 
 
+def test_what_was_for_a_session_that_has_gone_may_come_to_its_successor_by_way_of_another_device() -> None:
+    """RFC 6121 8.5.3.2.1: it fell to that one, and falls to this one when that has gone too."""
+
+    def story(to_other: bool) -> Story:
+        sent = both().begin("b2", B2).end("b").send("a", "1", B)
+        if to_other:
+            sent.deliver("b2", "1")
+        return sent.begin("b3", B).send("a", "2", B).deliver("b3", "2").end("b2").deliver("b3", "1")
+
+    assert story(True).found() == []
+    assert story(False).found() == [DISORDERED]
+
+
 def test_what_another_device_had_falls_to_a_session_when_the_server_knows_that_the_device_has_gone() -> None:
     def story(seconds: float) -> Story:
         sent = both().begin("b2", B2).send("a", "1", "b@x").send("a", "2", B).cut("b").end("b").cut("b2").end("b2")

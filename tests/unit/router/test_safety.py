@@ -109,8 +109,12 @@ async def test_what_comes_behind_it_does_not_overtake_what_is_sent_another_way(t
     await until(lambda: romeo.inbound.h == 2)
 
 
-@pytest.mark.parametrize("away", [False, True], ids=["", "database away"])
-async def test_what_comes_back_from_a_dead_router_reaches_who_has_taken_over_its_sessions_first(away: bool) -> None:
+@pytest.mark.parametrize(
+    ("taker", "away"), [("d", False), ("a", False), ("d", True)], ids=["", "here", "database away"]
+)
+async def test_what_comes_back_from_a_dead_router_reaches_who_has_taken_over_its_sessions_first(
+    taker: str, away: bool
+) -> None:
     """Also when another session of the account has it: what comes behind it would be there first."""
     stores = Stores()
     async with together("abcd", stores, OnlineUsers, MODULES) as (a, b, c, d):
@@ -134,9 +138,10 @@ async def test_what_comes_back_from_a_dead_router_reaches_who_has_taken_over_its
         if not away:
             assert c.link.bodies(phone) == ["1"], "it is asked who has the desk's session"
             (row,) = (row for row in await stores.table.of_account(JULIET) if row.router == "b")
-            assert await stores.table.move(row, "d")
-            taken = d.takes_over(desk)
-            await until(lambda: d.link.bodies(taken) == ["1", "2"])
+            assert await stores.table.move(row, taker)
+            there = {"a": a, "d": d}[taker]
+            taken = there.takes_over(desk)
+            await until(lambda: there.link.bodies(taken) == ["1", "2"])
         await until(lambda: c.link.bodies(phone) == ["1", "2"])
 
 
