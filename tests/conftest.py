@@ -75,10 +75,11 @@ def installation(
     if crashed:
         warnings.warn(f"crashed while they stopped: {crashed}", stacklevel=1)
     faults = [f"{name} ended with {code}" for name, code in codes.items() if code and name not in crashed]
-    faults += [line for line in running.logs().splitlines() if '"level": "error"' in line]
+    logs = running.logs()
+    faults += [line for line in logs.splitlines() if '"level": "error"' in line]
     # What is wrong stands last: of a long report the end is what is seen.
     if faults:
-        pytest.fail("\n".join([running.logs()[-4000:], "", *faults]), pytrace=False)
+        pytest.fail("\n".join([logs[-4000:], "", *faults]), pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from services.router.held import before, by_sender, is_behind, is_long, keep, own_copy
 from services.router.iq_deadlines import REQUESTS, IqDeadlines
+from services.router.passing import keeps_back
 from services.router.sessions import BEHIND, Session, Sessions, when_copied
 from services.router.withheld import Withheld, awaited
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -120,9 +121,7 @@ class Deliveries:
             session.holder is not None
             and self.is_far(session.holder)
             and self.takes(session)
-            and session.held is None
-            and session.early is None
-            and session.frozen is None
+            and not keeps_back(session)
             and not session.closed
             and not self._waits_for(session, envelope)
         )

@@ -31,7 +31,7 @@ class Passing:
         is here no longer: then that has gone where the session has."""
         if (waiting := self._waiting.get(session.id)) is not None:
             waiting.append(then)
-        elif _keeps_back(session):
+        elif keeps_back(session):
             self._waiting[session.id] = [then]
             self._spawn(self._wait(session), "what a session is not given yet")
         else:
@@ -39,7 +39,7 @@ class Passing:
 
     async def _wait(self, session: Session) -> None:
         try:
-            while self._is_here(session) and _keeps_back(session):  # noqa: ASYNC110 - soon, or it ends
+            while self._is_here(session) and keeps_back(session):  # noqa: ASYNC110 - soon, or it ends
                 await asyncio.sleep(LOOK)
         finally:
             for then in self._waiting.pop(session.id):
@@ -58,6 +58,6 @@ def goes_on(session: Session) -> bool:
     return session.holder is not None and session.behind is None and not session.closed
 
 
-def _keeps_back(session: Session) -> bool:
+def keeps_back(session: Session) -> bool:
     """Whether what comes for a session waits: for its first presence, behind what is stored, or while it moves."""
     return session.held is not None or session.early is not None or session.frozen is not None

@@ -12,7 +12,8 @@ from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
 from tests.unit.router.memory_router import HOST, MemoryRouter, message, until
-from tests.unit.router.nodes import at_home, at_once, away, running, soon
+from tests.unit.router.nodes import at_home, running, soon
+from tests.unit.router.unsure_database import at_once, away
 from tidings.xmpp.jid import Jid
 
 MODULES = (rfc6121_roster.MODULE, rfc6121_presence.MODULE, xep_0160_offline.MODULE)

@@ -12,7 +12,8 @@ import pytest
 from services.router.adoption import in_order, tell
 from services.router.hand_over import HandOver
 from services.router.sessions import Session, Sessions
-from tests.unit.router.nodes import DRAINING, HOST, UP, Client, at_home, at_once, away, running, soon
+from tests.unit.router.nodes import DRAINING, HOST, UP, Client, at_home, running, soon
+from tests.unit.router.unsure_database import at_once, away
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import IQ, MESSAGE, PRESENCE
 from tidings.xmpp.jid import Jid

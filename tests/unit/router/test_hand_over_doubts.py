@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from services.router import adoption, hand_over, peers, stranded
+from services.router.hand_over import HandOver
 from services.router.sessions import Session
-from tests.unit.router.nodes import DRAINING, UP, Client, Nodes, at_home, at_once, away, running, soon
+from tests.unit.router.nodes import DRAINING, UP, Client, Nodes, at_home, running, soon
+from tests.unit.router.unsure_database import at_once, away
 from tidings.xmpp import ns
 
 
@@ -180,25 +182,34 @@ async def test_who_loses_the_connection_during_a_move_may_resume_behind_it(tmp_p
         assert "unavailable" not in romeo.written
 
 
+async def try_to_move(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, on: Callable[[HandOver], object], step: str
+) -> int:
+    """A session is to go from a to b, and its client comes back with another stream while a step of that is under way;
+    `on` names who takes that step. The move does not come about. The number of the stream that it had."""
+    juliet, _ = await moving(nodes)
+    session = nodes.session("a", juliet.name)
+    assert session is not None
+    hand_over, number = nodes.routers["a"]._hand_over, session.stream
+
+    async def resumed_meanwhile(*_: object) -> bool:
+        session.stream = number + 5
+        return True
+
+    monkeypatch.setattr(on(hand_over), step, resumed_meanwhile)
+    assert not await hand_over._try(session, nodes.members["b"].node, session.link)
+    session.stream = number
+    return number
+
+
 async def test_a_stream_whose_session_has_gone_on_with_another_one_is_told_that_the_move_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not that other stream, or one of that number."""
+    told: list[int] = []
+    monkeypatch.setattr(HandOver, "_stay", lambda _self, _session, _link, stream: told.append(stream))
     async with running(tmp_path, "a", "b") as nodes:
-        juliet, _ = await moving(nodes)
-        session = nodes.session("a", juliet.name)
-        assert session is not None
-        hand_over, number, link = nodes.routers["a"]._hand_over, session.stream, session.link
-
-        async def resumed_meanwhile(_session: Session, _link: object) -> bool:
-            session.stream = number + 5
-            return True
-
-        monkeypatch.setattr(hand_over, "_is_still", resumed_meanwhile)
-        told: list[int] = []
-        monkeypatch.setattr(hand_over, "_stay", lambda _session, _link, stream: told.append(stream))
-        assert not await hand_over._try(session, nodes.members["b"].node, link)
-        session.stream = number
+        number = await try_to_move(nodes, monkeypatch, lambda hand_over: hand_over, "_is_still")
         assert told == [number]
 
 
@@ -206,26 +217,15 @@ async def test_a_stream_that_its_session_got_while_the_database_was_asked_is_not
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would tell that one that the move is off."""
+    asked: list[Session] = []
+
+    async def is_still(_self: HandOver, session: Session, _link: object) -> bool:
+        asked.append(session)
+        return False
+
+    monkeypatch.setattr(HandOver, "_is_still", is_still)
     async with running(tmp_path, "a", "b") as nodes:
-        juliet, _ = await moving(nodes)
-        session = nodes.session("a", juliet.name)
-        assert session is not None
-        hand_over, number, link = nodes.routers["a"]._hand_over, session.stream, session.link
-
-        async def resumed_meanwhile(_session: Session) -> bool:
-            session.stream = number + 5
-            return True
-
-        asked: list[object] = []
-
-        async def is_still(_session: Session, _link: object) -> bool:
-            asked.append(_link)
-            return False
-
-        monkeypatch.setattr(hand_over._binding, "is_reachable", resumed_meanwhile)
-        monkeypatch.setattr(hand_over, "_is_still", is_still)
-        assert not await hand_over._try(session, nodes.members["b"].node, link)
-        session.stream = number
+        await try_to_move(nodes, monkeypatch, lambda hand_over: hand_over._binding, "is_reachable")
         assert asked == []
 
 

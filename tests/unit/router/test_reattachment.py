@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.router.nodes import HOST, Client, Nodes, at_home, at_once, away, running, soon
+from tests.unit.router.nodes import HOST, Client, Nodes, at_home, running, soon
+from tests.unit.router.unsure_database import at_once, away
 
 SM = "urn:xmpp:sm:3"
 QUERY = "<query xmlns='jabber:iq:version'/>"

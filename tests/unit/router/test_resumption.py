@@ -45,10 +45,14 @@ async def resumable(attached: Attached, local: str) -> Session:
     return session
 
 
-def break_off(attached: Attached, session: Session, clean: bool = False) -> None:
-    event = StreamEvent(stream=session.stream)
+def closed(stream: int, clean: bool = False) -> StreamEvent:
+    event = StreamEvent(stream=stream)
     event.closed.clean = clean
-    attached.link.receive(AttachRequest(events=[event]))
+    return event
+
+
+def break_off(attached: Attached, session: Session, clean: bool = False) -> None:
+    attached.link.receive(AttachRequest(events=[closed(session.stream, clean)]))
 
 
 async def resume(attached: Attached, session: Session, h: int, account: str = "", number: int = 77) -> Negotiation:
@@ -415,7 +419,7 @@ async def test_what_an_old_copy_brings_is_not_of_the_session_that_is_there(attac
     async def take(_link: Any, stream: int, _attach: SessionAttach, sent: list[Envelope]) -> None:
         brought.append((stream, [envelope.id for envelope in sent]))
 
-    attached.negotiator.reattachment = type("Reattachment", (), {"take": staticmethod(take)})()  # type: ignore[assignment]
+    attached.negotiator.reattachment = SimpleNamespace(take=take)  # type: ignore[assignment]
     event = StreamEvent(stream=0)
     event.attach.record.id, event.attach.follows = romeo.id, 2
     sent_before = [message(id_, juliet.jid_text) for id_ in ("1", "2")]
@@ -426,12 +430,6 @@ async def test_what_an_old_copy_brings_is_not_of_the_session_that_is_there(attac
     await until(lambda: brought == [(0, ["1", "2"])])
     assert got(attached, juliet) == [1]
     await until(lambda: romeo.inbound.h == 1)
-
-
-def closed(stream: int) -> StreamEvent:
-    event = StreamEvent(stream=stream)
-    event.closed.clean = False
-    return event
 
 
 @pytest.mark.parametrize("how", ["surrendered", "attach"])

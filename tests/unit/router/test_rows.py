@@ -10,7 +10,8 @@ import pytest
 
 from services.router import binding, orphans
 from services.router.store import SessionRow
-from tests.unit.router.nodes import FAILED, HOST, UP, Client, at_home, at_once, away, running, soon
+from tests.unit.router.nodes import FAILED, HOST, UP, Client, at_home, running, soon
+from tests.unit.router.unsure_database import at_once, away
 from tidings.api.registry.v1.registry_pb2 import ListNodesResponse
 from tidings.api.registry.v1.registry_pb2_grpc import (
     RegistryServiceServicer,

@@ -188,9 +188,10 @@ class Envelope(google.protobuf.message.Message):
     prompt: builtins.bool
     """Between routers: the sender waits for the answer; without it an answer that says only "taken" is not sent."""
     answered: builtins.bool
-    """From a connector that brings a session to another router: an IQ request that has its answer, or a message that has
-    come back. In the record of a session: what the client may repeat, and its router has dealt with and made safe.
-    Either keeps its place among what the client has sent, and is not dealt with again.
+    """From a connector that brings a session to another router, and from the router to one that gets a copy: an IQ request
+    that has its answer, or a message that has come back or is safe. In the record of a session: what the client may
+    repeat, and its router has dealt with and made safe. Each keeps its place among what the client has sent, and is
+    not dealt with again.
     """
     answers: builtins.int
     """What a router says itself of a stanza of the session that this goes to: the number of that stanza. It goes ahead of
