@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from services.router.deliveries import Deliveries
-from services.router.sessions import Session, Sessions
+from services.router.sessions import Session, Sessions, when_all_have_it
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.flows import Waiter
 from tidings.kit.db import DatabaseAway
@@ -155,7 +155,7 @@ class Answers:
         it must not forget the question before."""
         sender = self._sender(envelope) if session.uncopied else None
         if sender is not None:
-            self._deliveries.when_copied(session, sender.settle)
+            when_all_have_it(session, lambda _surely: sender.settle())
 
 
 def _name(envelope: Envelope) -> str:

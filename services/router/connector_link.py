@@ -229,15 +229,18 @@ class ConnectorLink:
     def closed(self) -> None:
         """The link is gone, and with it all its streams, and the copies at its other end."""
         self.over = True
+        if not self.local:
+            # The connector may live, and bring its copies when we are gone.
+            for session in (*self._sessions.values(), *self._held.values()):
+                session.old_copies |= {self}
         self.outbox.release()
         if self.expires is not None:
             self.expires.cancel()
-        held, self._held = self._held, {}
+        copies, held, self._held = self._negotiator.copies, self._held, {}
         for session in held.values():
             _not_held_by(session, self)
-            # The connector may live, and bring its copy when we are gone.
-            self._negotiator.copies.outdate(session)
-            self._negotiator.copies.cover(session)
+            copies.outdate(session)
+            copies.cover(session)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             if stream.session is not None:
@@ -368,7 +371,7 @@ class ConnectorLink:
         if session.holder is self:
             self._held[session.id] = session
         elif not self.local:
-            self.forget(session)
+            self._negotiator.copies.let_go(session, self)
 
     def release(self, session: Session) -> None:
         """The session is another router's now, and so is its stream."""
@@ -418,8 +421,7 @@ class ConnectorLink:
         if self.over or self.local:
             then()
             return
-        response: AttachResponse = self.outbox.batch
-        response.prompt = True
+        self.outbox.batch.prompt = True
         self.outbox.when_confirmed(then)
 
     def forget(self, session: Session) -> None:

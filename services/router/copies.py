@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from services.router.messages import MessageStore, marked
@@ -113,7 +114,7 @@ class Copies:
         session.holder = None if link.local else link
         self._go_on(session)
         if before is not None:
-            self._let_go(session, before)
+            self.let_go(session, before)
         if not suffices:
             self.cover(session, before)
 
@@ -122,7 +123,7 @@ class Copies:
         before anything that has waited for it goes on."""
         log.info("copy_not_kept", session=session.id, connector=silent.incarnation, reason="it is silent")
         session.holder = None
-        self._let_go(session, silent, 0.0)
+        self.let_go(session, silent, 0.0)
         self.cover(session, silent)
         if session.holder is None or session.holder is session.link:
             self._go_on(session)
@@ -159,7 +160,7 @@ class Copies:
             links[rendezvous(session.id, others)].hold(session)
             self._go_on(session)
             if holder is not None and holder is not session.link:
-                self._let_go(session, holder)
+                self.let_go(session, holder)
 
     def _candidates(self, session: Session, silent: ConnectorLink | None) -> dict[str, ConnectorLink]:
         """Who could hold the copy of a session, by incarnation."""
@@ -169,16 +170,26 @@ class Copies:
             if link is not session.link and link is not silent and not link.local and link.handling is not None
         }
 
-    def _let_go(self, session: Session, link: ConnectorLink, patience: float = FORGET_TIMEOUT) -> None:
+    def let_go(self, session: Session, link: ConnectorLink, patience: float = FORGET_TIMEOUT) -> None:
         """A connector is to forget its copy. When it does not say that it has, the session's epoch is raised: nobody
         may keep an old copy under an epoch that still counts."""
+        if not self.is_here(session):
+            link.forget(session)
+            return
         # Also called when the link ends: then nobody has said anything.
         told: list[bool] = []
+        session.old_copies |= {link}
         link.forget(session)
-        link.when_copied(lambda: told.append(not link.over))
+        link.when_copied(partial(self._has_forgotten, session, link, told))
         if not any(told):
             reached = link.handling is not None
             asyncio.get_running_loop().call_later(patience if reached else 0.0, self._forgotten, session, told)
+
+    @staticmethod
+    def _has_forgotten(session: Session, link: ConnectorLink, told: list[bool]) -> None:
+        told.append(not link.over)
+        if not link.over:
+            session.old_copies -= {link}
 
     def _forgotten(self, session: Session, told: list[bool]) -> None:
         if not any(told):
@@ -194,7 +205,8 @@ class Copies:
         with suppress(AssertionError):
             while self.is_here(session) and not session.moving:
                 try:
-                    await self.keep(session)
+                    if await self.keep(session):
+                        session.old_copies = frozenset()
                     return
                 except DatabaseAway:
                     await asyncio.sleep(LOOK)

@@ -126,17 +126,6 @@ class Deliveries:
             and not self._waits_for(session, envelope)
         )
 
-    def when_copied(self, session: Session, then: Callable[[], None]) -> None:
-        """Calls `then` when all that have a copy of a session have what was given to it last."""
-        holder, link = session.holder, session.link
-        if holder is None:
-            then()
-        elif link is None or link is holder or link.local:
-            holder.when_copied(then)
-        else:
-            # Two have one: the stream's connector gets it when the other one has it.
-            when_copied(session, holder, partial(link.when_copied, then))
-
     def _give(self, session: Session, envelope: Envelope) -> None:
         if envelope.kind == IQ and envelope.type not in REQUESTS:
             self._answer(session, envelope)

@@ -1,16 +1,14 @@
-"""Messages that are stored for nobody (RFC 6121 8.5: headlines, those of groups, errors) and given to a session that
-goes on if this router dies. Their senders hear that they are safe when the session's copies have them: what waits
-here till the session gets it would be lost."""
+"""Messages whose senders hear that they are safe when the copies of a session have them: with `memory`, and those
+that are stored for nobody (RFC 6121 8.5: headlines, those of groups, errors). What waits here till the session gets
+it would be lost if this router died."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from services.router.deliveries import Deliveries
-    from services.router.sessions import Session, Sessions
+from services.router.sessions import Session, Sessions, when_all_have_it
 
 # Seconds between two looks at whether something still waits.
 LOOK = 0.05
@@ -19,23 +17,23 @@ LOOK = 0.05
 class Passing:
     """Waits until sessions have been given what came for them. One for each router."""
 
-    def __init__(self, sessions: Sessions, deliveries: Deliveries, spawn: Callable[[Any, str], Any]) -> None:
+    def __init__(self, sessions: Sessions, spawn: Callable[[Any, str], Any]) -> None:
         self._sessions = sessions
-        self._deliveries = deliveries
         self._spawn = spawn
         # By session: what is to be called.
-        self._waiting: dict[str, list[Callable[[], None]]] = {}
+        self._waiting: dict[str, list[Callable[[bool], None]]] = {}
 
-    def when_passed(self, session: Session, then: Callable[[], None]) -> None:
-        """Calls `then` when a session has been given what came for it till now, and its copies have that; or when it
-        is here no longer: then that has gone where the session has."""
+    def when_passed(self, session: Session, then: Callable[[bool], None]) -> None:
+        """Calls `then` when a session has been given what came for it till now, and its copies have that, with
+        whether that is sure (`when_all_have_it`); or when it is here no longer: then that has gone where the
+        session has."""
         if (waiting := self._waiting.get(session.id)) is not None:
             waiting.append(then)
         elif keeps_back(session):
             self._waiting[session.id] = [then]
             self._spawn(self._wait(session), "what a session is not given yet")
         else:
-            self._deliveries.when_copied(session, then)
+            when_all_have_it(session, then)
 
     async def _wait(self, session: Session) -> None:
         try:
@@ -44,9 +42,9 @@ class Passing:
         finally:
             for then in self._waiting.pop(session.id):
                 if self._is_here(session):
-                    self._deliveries.when_copied(session, then)
+                    when_all_have_it(session, then)
                 else:
-                    then()
+                    then(False)
 
     def _is_here(self, session: Session) -> bool:
         return self._sessions.get(session.id) is session

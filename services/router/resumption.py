@@ -77,6 +77,8 @@ class Resumption:
         self.send_on: Callable[[Negotiation, str, Envelope], bool] = lambda _stream, _router, _request: False
         # Sees to it that another connector holds a copy of a session.
         self.cover: Callable[[Session], None] = lambda _session: None
+        # Sees to it that older copies of a session count no more.
+        self.outdate: Callable[[Session], None] = lambda _session: None
         # Whether a router answers within so many seconds; asks for the copy of a session.
         self.answers: Callable[[str, float], Awaitable[bool]] = _yes
         self.surrender: Callable[[str, str], None] = lambda _session, _router: None
@@ -263,6 +265,8 @@ class Resumption:
                 link.deliver(session, what, number)
         if session.outbound.queue:
             self._acknowledgements.ask(session)
+        if session.old_copies:
+            self.outdate(session)
         self.resumed += 1
         log.debug("session_resumed", session=session.id, account=session.account)
         self.attached(session)

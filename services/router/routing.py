@@ -95,7 +95,7 @@ class Routing:
         )
         self._at_account = AccountDelivery(
             own, sessions, hooks, accounts, table, safety, self.deliveries, self.answers,
-            Passing(sessions, self.deliveries, spawn), newer_view,
+            Passing(sessions, spawn), newer_view,
         )  # fmt: skip
         # Told of what a session answers to the server.
         self.on_answer: Callable[[Session, Envelope], object] = lambda _session, _envelope: None

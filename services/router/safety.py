@@ -169,12 +169,13 @@ class Safety:
         waiter: Waiter | None = None,
         copied: bool = False,
         passes: bool = False,
-    ) -> Callable[[], None] | None:
+    ) -> Callable[[bool], None] | None:
         """A session of an account gets a message, and perhaps others too: it is written, and if it goes into the
         archive the receivers are told its id. Call it before it is delivered.
 
         `waiter`: who waits until it is safe, if that is not the session that has sent it. `copied`: the receiver's
-        copy gets it now, and `passes`: now or soon; where that makes it safe, what is returned is to be called then.
+        copy gets it now, and `passes`: now or soon; where that makes it safe, what is returned is to be called then,
+        with whether nobody has an older copy.
         """
         if not self.waits and self._rules.idle:
             return None
@@ -182,19 +183,23 @@ class Safety:
         if message is None:
             if not passes:
                 return None
-        elif copied and self.memory:
-            self._messages.write(message, self._written)
-        else:
+        elif not copied or not self.memory:
             self._write(message, waiter)
             return None
-        if not self.waits or not envelope.number:
+        if waiter is None and self.waits and envelope.number:
+            waiter = self._sender(envelope.origin, envelope.number)
+        if waiter is None:
+            if message is not None:
+                self._messages.write(message, self._written)
             return None
-        # What is stored for nobody must not be lost either with the router of a session that goes on.
-        sender = waiter if waiter is not None else self._sender(envelope.origin, envelope.number)
-        if sender is None:
-            return None
-        sender.expect()
-        return sender.settle
+        waiter.expect()
+        if message is None:
+            # What is stored for nobody must not be lost either with the router of a session that goes on.
+            settle = waiter.settle
+            return lambda _surely: settle()
+        by_either = _Either(waiter)
+        self._messages.write(message, partial(self._written, message=message, waiter=by_either))
+        return by_either.copied
 
     def _sender(self, origin: str, number: int) -> Waiter | None:
         session = self._sessions.get(origin)
@@ -337,6 +342,26 @@ class _Sender:
         if self._session.inbound.settle(self._number):
             self._safety.on_safe(self._session)
         self._safety.look()
+
+
+class _Either:
+    """Who waits for a message that is safe when it is written, or when two hold it: whichever comes first."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self, waiter: Waiter) -> None:
+        self._waiter: Waiter | None = waiter
+
+    def expect(self) -> None: ...
+
+    def settle(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter.settle()
+
+    def copied(self, surely: bool) -> None:
+        if surely:
+            self.settle()
 
 
 def _message(

@@ -41,7 +41,7 @@ class Session:
     __slots__ = (
         "account", "asked", "asks", "behind", "closed", "connector", "copied", "directed", "doubtful", "early",
         "epoch", "fresh", "frozen", "held", "holder", "holding", "holds", "id", "inbound", "interested", "jid",
-        "jid_text", "lane", "lang", "left", "link", "marked", "moving", "notes", "outbound", "pinged",
+        "jid_text", "lane", "lang", "left", "link", "marked", "moving", "notes", "old_copies", "outbound", "pinged",
         "presence", "priority", "resume_seconds", "seen_available", "settling", "since", "stream", "taken",
         "uncopied", "unmarked", "waits", "withheld",
     )  # fmt: skip
@@ -66,6 +66,9 @@ class Session:
         # its stream holds one in any case. And the state that each of them was told last.
         self.holder: ConnectorLink | None = None
         self.copied: dict[ConnectorLink, object] = {}
+        # Connectors that may have an older copy, under the epoch that still counts: if this router has been put out
+        # and does not know yet, they bring that one to another router.
+        self.old_copies: frozenset[ConnectorLink] = frozenset()
         # Up to which delivery it has confirmed, and that is written, as far as it needs to be.
         self.marked = 0
         # Messages that it has confirmed, and of which that is not known to be written: the delivery with which they
@@ -142,6 +145,25 @@ def when_copied(session: Session, holder: ConnectorLink, then: Callable[[], None
     its place meanwhile, that one."""
     session.uncopied.append((time.monotonic(), then))
     holder.when_copied(partial(_copied, session, session.holding))
+
+
+def when_all_have_it(session: Session, then: Callable[[bool], None]) -> None:
+    """Calls `then` when all that have a copy of a session have what was given to it last, or are gone; with whether
+    the session would go on with that for sure, should this router be gone: nobody has an older copy."""
+    holder, link = session.holder, session.link
+    if holder is None:
+        then(False)
+        return
+    done = partial(_tell_whether_surely, session, then)
+    if link is None or link is holder or link.local:
+        holder.when_copied(done)
+    else:
+        # Two have one: the stream's connector gets it when the other one has it.
+        when_copied(session, holder, partial(link.when_copied, done))
+
+
+def _tell_whether_surely(session: Session, then: Callable[[bool], None]) -> None:
+    then(session.holder is not None and not session.old_copies)
 
 
 def _copied(session: Session, holding: object) -> None:

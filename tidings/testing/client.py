@@ -28,7 +28,8 @@ class Closed(Exception):
     def __init__(self, error: Tree | None) -> None:
         self.error = error
         condition = etree.QName(error[0]).localname if error is not None and len(error) else "none"
-        super().__init__(f"closed by the server, error: {condition}")
+        text = error.findtext(f"{{{ns.STREAM_ERRORS}}}text") if error is not None else None
+        super().__init__(f"closed by the server, error: {condition}" + (f" ({text})" if text else ""))
         self.condition = condition
 
 

@@ -241,6 +241,19 @@ async def test_a_session_that_goes_to_another_router_keeps_its_holder_until_that
         assert session.holder is left
 
 
+async def test_when_a_link_ends_the_copies_at_its_other_end_are_older_ones(attached: Attached) -> None:
+    """And all that waits for that connector to have something goes on: it must know."""
+    attached.link.local = False
+    _, session = await attached.bound("romeo")
+    session.resume_seconds = 60
+    found: list[object] = []
+    attached.link.when_copied(lambda: found.append(session.old_copies))
+    attached.link.closed()
+    assert found == [{attached.link}]
+    session.closed = True
+    attached.resumption.stop()
+
+
 async def test_an_account_is_deleted_also_when_the_database_was_away(
     attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:

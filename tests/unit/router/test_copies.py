@@ -185,3 +185,30 @@ async def test_a_holder_that_cannot_be_reached_is_not_kept_for_a_stream_that_res
     house.copies.served(session, house.here)  # type: ignore[arg-type]
     assert session.holder is other
     await soon(lambda: session in house.raised, "its copy counts no more")
+
+
+@pytest.mark.parametrize("raised", [True, False], ids=["raised", "not ours any more"])
+@pytest.mark.parametrize("ends", [False, True], ids=["forgets", "ends"])
+async def test_who_is_to_forget_a_copy_has_an_older_one_until_it_says_so_or_the_epoch_is_raised(
+    house: House, monkeypatch: pytest.MonkeyPatch, ends: bool, raised: bool
+) -> None:
+    """Drills, seed 35: what is in the other copies only is not safe until then."""
+    monkeypatch.setattr(copies, "FORGET_TIMEOUT", 0.01 if ends else 60.0)
+
+    async def keep(session: Session) -> bool:
+        await house._raise(session)
+        return raised
+
+    house.copies.keep = keep
+    session = house.session(house.here)
+    before, after = house.others(session)
+    house.copies.served(session, after)  # type: ignore[arg-type]
+    assert session.old_copies == {before}
+    if ends:
+        before.end()
+        await soon(lambda: bool(house.raised), "its copy counts no more")
+        assert session.old_copies == (set() if raised else {before})
+    else:
+        before.confirm()
+        assert session.old_copies == set()
+        assert house.raised == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 
@@ -180,4 +181,56 @@ async def test_what_is_withheld_from_a_client_is_not_in_its_copy_and_not_safe_wi
     assert romeo.inbound.h == handled + (not withheld)
     store.away = False
     await until(lambda: romeo.inbound.h == handled + 1)
+    await router.stop()
+
+
+# --- memory: what two have (and no third one an older copy) ---
+
+
+class SlowHolder(Holder):
+    """It has what it is sent when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copied: list[Callable[[], None]] = []
+
+    def when_copied(self, then: Callable[[], None]) -> None:
+        self._copied.append(then)
+
+    def answer(self) -> None:
+        copied, self._copied = self._copied, []
+        for then in copied:
+            then()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_with_an_older_copy_about_a_message_is_safe_when_it_is_written(when: str) -> None:
+    """The link of a connector that has a copy of the session has ended: if this router was put out and does not know
+    yet, that one brings its copy to the next router."""
+    router = MemoryRouter(durability="memory")
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    romeo.inbound.enable()
+    juliet.inbound.enable()
+    holder: Any = SlowHolder()
+    juliet.holder = holder
+    store = router.stores.messages
+    assert isinstance(store, MemoryMessageStore)
+    store.away = True
+    await router.send(romeo, message("0", juliet.jid_text))
+    assert romeo.inbound.h == 0
+    holder.answer()
+    assert romeo.inbound.h == 1, "two have it, and the database need not"
+    older: Any = object()
+    if when == "before":
+        juliet.old_copies = frozenset((older,))
+    await router.send(romeo, message("1", juliet.jid_text))
+    juliet.old_copies = frozenset((older,))
+    holder.answer()
+    assert romeo.inbound.h == 1
+    juliet.old_copies = frozenset()
+    await router.send(romeo, message("2", juliet.jid_text))
+    holder.answer()
+    assert romeo.inbound.h == 1, "in their order"
+    store.away = False
+    await until(lambda: romeo.inbound.h == 3)
     await router.stop()
