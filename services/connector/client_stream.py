@@ -319,11 +319,10 @@ class ClientStream:
             else:
                 self.close(close.condition, close.text, close.condition_text, close.application)
             return
-        if not self.session:
-            # What the client sent ahead of an answer has waited for it.
-            for event in self._core.resume():
-                self._event(event)
         self._flush()
+        if not self.session or which == "session_bound":
+            # What the client sent ahead of the answer has waited for it.
+            self.received(b"")
 
     def _bound(self, bound: SessionBound) -> None:
         self.session = bound.session

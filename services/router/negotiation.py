@@ -18,10 +18,9 @@ from tidings.kit.link import Lane
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KIND_NAMES, Hooks, Stanza
 from tidings.xmpp import ns
-from tidings.xmpp.errors import SaslError, StanzaError, StreamError
+from tidings.xmpp.errors import SaslError, StanzaError
 from tidings.xmpp.jid import Jid, JidError
-from tidings.xmpp.parser import parse_stanza
-from tidings.xmpp.stanza import Stamp, error_stanza, escape_text, iq_result
+from tidings.xmpp.stanza import error_stanza, escape_text, iq_result
 from tidings.xmpp.stream_management import ENABLE, FEATURE, RESUME, failed
 
 if TYPE_CHECKING:
@@ -247,20 +246,20 @@ class Negotiator:
     # --- stanzas before there is a session ---
 
     def stanza(self, stream: Negotiation, envelope: Envelope) -> Awaitable[None] | None:
+        if stream.session is not None:
+            # What a client sends ahead of the answer that binds it waits there.
+            log.error("not_due", connector=stream.link.name, session=stream.session.id)
+            stream.link.close(stream.number, "internal-server-error", "the server has lost track of this stream")
+            return None
         if envelope.kind not in KIND_NAMES:
             return self._nonza(stream, envelope)
-        if stream.session is not None:
-            self._sent_ahead(stream, stream.session, envelope)
-            return None
         if envelope.kind != IQ:
             stream.link.close(stream.number, "not-authorized")
             return None
         return self._request(stream, envelope)
 
     def _nonza(self, stream: Negotiation, envelope: Envelope) -> Awaitable[None] | None:
-        if stream.session is not None:
-            self.acknowledgements.nonza(stream.link, stream.session, envelope)
-        elif stream.account is not None and envelope.type == RESUME:
+        if stream.account is not None and envelope.type == RESUME:
             return self.resumption.resume(stream, envelope)
         elif stream.account is not None and envelope.type == ENABLE:
             # XEP-0198 3: not before there is a session.
@@ -269,21 +268,6 @@ class Negotiator:
             # RFC 6120 4.9.3.24.
             stream.link.close(stream.number, "unsupported-stanza-type")
         return None
-
-    def _sent_ahead(self, stream: Negotiation, session: Session, envelope: Envelope) -> None:
-        """Sent before the client could know that it is bound; it is, so it counts as what it sends behind that."""
-        try:
-            element = parse_stanza(envelope.stanza)
-            # RFC 6120 8.1.2.1: the connector could not check it, nor put the session's own in.
-            if not _speaks_for(session.jid, element.attrs.get("from")):
-                raise StreamError("invalid-from")
-        except StreamError as error:
-            stream.link.close(stream.number, error.condition, error.text)
-            return
-        envelope.stanza = Stamp(session.jid_text, session.lang).apply(element)
-        envelope.from_jid = session.jid_text
-        if self.safety.accept(session, envelope):
-            session.lane.run(self.routing.from_session, session, envelope)
 
     async def _request(self, stream: Negotiation, envelope: Envelope) -> None:
         try:
@@ -354,7 +338,7 @@ class Negotiator:
         log.debug("session_bound", session=session.id, account=session.account)
         self.hand_over.place(session)
         if self._hooks.session_started:
-            # What it sends from now on waits for this, also what it has sent ahead.
+            # What it sends from now on waits for this.
             session.lane.run(tell, self._hooks.session_started, session)
 
     def bind_abandoned(self, stream: Negotiation) -> Awaitable[None] | None:
@@ -445,16 +429,6 @@ class Negotiator:
                 await result
         await self._accounts.delete(account.domain, account.local)
         log.info("account_deleted", account=str(account))
-
-
-def _speaks_for(jid: Jid, claimed: str | None) -> bool:
-    """Whether a `from` is none, or the session's own full or bare JID."""
-    if claimed is None:
-        return True
-    try:
-        return Jid.parse(claimed) in (jid, jid.bare)
-    except JidError:
-        return False
 
 
 async def _at_once() -> None: ...

@@ -61,6 +61,9 @@ class State(Enum):
     REOPENED = auto()
     # Authenticated, with features; a resource is to be bound.
     BINDING = auto()
+    # The router has a request to judge; nothing is read until it has: behind it there may be a session, of which what
+    # the client sent ahead is then.
+    ASKED = auto()
     # There is a session.
     BOUND = auto()
     CLOSED = auto()
@@ -83,6 +86,7 @@ class Input(Enum):
     CHALLENGE = auto()
     SUCCESS = auto()
     FAILURE = auto()
+    ANSWER = auto()
     BOUND = auto()
     CLOSE = auto()
 
@@ -109,10 +113,11 @@ TRANSITIONS: dict[tuple[State, Input], State] = {
     (S.REOPENING, I.HEADER): S.REOPENED,
     (S.REOPENING, I.FOOTER): S.CLOSED,
     (S.REOPENED, I.FEATURES): S.BINDING,
-    (S.BINDING, I.STANZA): S.BINDING,
-    (S.BINDING, I.NONZA): S.BINDING,
-    (S.BINDING, I.BOUND): S.BOUND,
+    (S.BINDING, I.STANZA): S.ASKED,
+    (S.BINDING, I.NONZA): S.ASKED,
     (S.BINDING, I.FOOTER): S.CLOSED,
+    (S.ASKED, I.ANSWER): S.BINDING,
+    (S.ASKED, I.BOUND): S.BOUND,
     (S.BOUND, I.STANZA): S.BOUND,
     (S.BOUND, I.NONZA): S.BOUND,
     (S.BOUND, I.FOOTER): S.CLOSED,
@@ -131,7 +136,7 @@ UNEXPECTED: dict[State, str] = {
 }
 
 # While one of these lasts, bytes wait unread: what they mean depends on what comes of it.
-WAITING = frozenset((S.STARTING_TLS, S.JUDGING, S.REOPENED))
+WAITING = frozenset((S.STARTING_TLS, S.JUDGING, S.REOPENED, S.ASKED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +187,8 @@ class ServerStream:
     # --- bytes ---
 
     def receive_data(self, data: bytes) -> list[Event]:
-        """Takes the client's bytes. Never raises for what a client sends."""
+        """Takes the client's bytes. Never raises for what a client sends. After each answer of the router call it
+        with none: it goes on with those that waited."""
         events: list[Event] = []
         if self.state is State.CLOSED:
             return events
@@ -256,12 +262,6 @@ class ServerStream:
         """The transport is gone too: gives back what only a living stream needs."""
         self._framing.parser.release()
 
-    def resume(self) -> list[Event]:
-        """Goes on with bytes that waited for an answer; call it after each answer of the router."""
-        if self.state in WAITING or not self._framing.parser.waiting:
-            return []
-        return self.receive_data(b"")
-
     # --- inputs of the client ---
 
     def _take(self, item: Parsed, events: list[Event]) -> None:
@@ -312,9 +312,7 @@ class ServerStream:
             raise StreamError("not-authorized", "authenticated for another host")
         self.host = host
         self._move(I.HEADER)
-        if self.authenticated_:
-            self._framing.parser.halting = False
-        elif self._config.tls_required and not self.tls:
+        if not self.authenticated_ and self._config.tls_required and not self.tls:
             self._send_features(b"")
             return
         events.append(StreamOpened(host, self.lang, self.tls, self.authenticated_))
@@ -450,13 +448,16 @@ class ServerStream:
         if self.state is State.CLOSED:
             return
         self._move(I.BOUND)
+        self._framing.parser.halting = False
         self.jid = jid
         self._stamp = Stamp(str(jid), self.lang)
         self._out.append(reply)
 
     def send(self, raw: bytes) -> None:
-        """Queues an element for the client."""
+        """Queues an element for the client; before there is a session it answers the last request."""
         if self.state is not State.CLOSED:
+            if self.state is State.ASKED:
+                self._move(I.ANSWER)
             self._out.append(raw)
 
     def close(self, error: StreamError | None = None) -> None:

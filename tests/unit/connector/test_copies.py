@@ -37,6 +37,19 @@ def resumed_elsewhere(stream: Bound) -> None:
     stream.streams.copies.command(stream.old, StreamCommand(session="s", forget=ForgetSession()))
 
 
+async def test_what_a_client_sends_ahead_of_its_session_is_in_the_copy() -> None:
+    """The router numbers it as the first that the session sends, and so does the copy."""
+    stream = Bound(bound=False)
+    stream.say(1)
+    assert stream.told(stream.old) == []
+    stream.command(session_bound=SessionBound(session="s", jid=RECORD.jid, reply=b"<resumed/>", record=RECORD))
+    stream.say(2)
+    assert stream.told(stream.old) == ["1", "2"]
+    copy = stream.stream.copy
+    assert copy is not None
+    assert [sent.id for sent in copy._sent] == ["1", "2"]
+
+
 async def test_the_copy_of_a_stream_that_breaks_is_kept() -> None:
     stream = resumable()
     stream.stream.disconnected("connection reset")

@@ -86,7 +86,8 @@ class Bound:
         self.told(self.old)
 
     def add(self) -> None:
-        """A stream that is authenticated. What is said and done here is this one's from now on."""
+        """A stream that is authenticated and asks for a session. What is said and done here is this one's from now
+        on."""
         self.connection = Connection()
         core = ServerStream(StreamConfig(frozenset({"example.org"}), tls_available=False, tls_required=False))
         self.stream = ClientStream(
@@ -97,7 +98,7 @@ class Bound:
             b"<stream:stream to='example.org' version='1.0' xmlns='jabber:client'"
             b" xmlns:stream='http://etherx.jabber.org/streams'>"
         )
-        core.authenticated_, core.state = True, State.BINDING
+        core.authenticated_, core.state = True, State.ASKED
 
     async def _link_to(self, router: str) -> RouterLink | None:
         assert router == "new"

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from tidings.xmpp import ns
 from tidings.xmpp.errors import SaslError, StreamError
-from tidings.xmpp.events import SaslInitiated, SaslResponded, StanzaReceived, StartTls, StreamEnded, StreamOpened
+from tidings.xmpp.events import (
+    NonzaReceived,
+    SaslInitiated,
+    SaslResponded,
+    StanzaReceived,
+    StartTls,
+    StreamEnded,
+    StreamOpened,
+)
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stream import (
     TRANSITIONS,
@@ -62,6 +70,8 @@ def led_to(state: State) -> ServerStream:
     if state is State.BINDING:
         return stream
     stream.receive_data(BIND)
+    if state is State.ASKED:
+        return stream
     stream.bound(Jid.parse("a@h/r"), b"<iq type='result' id='b'/>")
     return stream
 
@@ -158,11 +168,14 @@ def test_what_comes_ahead_of_an_answer_waits_for_it() -> None:
     assert len(stream.receive_data(AUTH + HEADER)) == 1
     assert stream.receive_data(BIND) == []
     stream.authenticated(None)
-    assert [type(event) for event in stream.resume()] == [StreamOpened]
+    assert [type(event) for event in stream.receive_data(b"")] == [StreamOpened]
     assert stream.receive_data(SENT[Input.STANZA]) == []
-    assert stream.resume() == []
+    assert stream.receive_data(b"") == []
     stream.features(b"<bind/>")
-    assert [type(event) for event in stream.resume()] == [StanzaReceived, StanzaReceived]
+    assert [type(event) for event in stream.receive_data(b"")] == [StanzaReceived]
+    assert stream.receive_data(b"") == []
+    stream.bound(Jid.parse("a@h/r"), b"<iq/>")
+    assert [type(event) for event in stream.receive_data(b"")] == [StanzaReceived]
 
 
 def test_what_comes_with_the_header_behind_authentication_waits_for_its_features() -> None:
@@ -170,7 +183,37 @@ def test_what_comes_with_the_header_behind_authentication_waits_for_its_features
     stream = led_to(State.REOPENING)
     assert [type(event) for event in stream.receive_data(HEADER + BIND + SENT[Input.STANZA])] == [StreamOpened]
     stream.features(b"<bind/>")
-    assert [event.element.attrs["id"] for event in stream.resume()] == ["b", "1"]  # type: ignore[union-attr]
+    assert [event.element.attrs["id"] for event in stream.receive_data(b"")] == ["b"]  # type: ignore[union-attr]
+
+
+def test_what_comes_ahead_of_a_session_is_of_that_session() -> None:
+    """RFC 6120 7.1: behind a request it is not known yet whether there is one. In whatever pieces it comes, it is
+    stamped, and is not read before."""
+    behind = b"<message to='b@h'/><presence/><r xmlns='urn:xmpp:sm:3'/></stream:stream>"
+    for cut in range(len(behind)):
+        stream = led_to(State.BINDING)
+        assert [type(event) for event in stream.receive_data(BIND + behind[:cut])] == [StanzaReceived]
+        assert stream.receive_data(behind[cut:]) == []
+        stream.bound(Jid.parse("a@h/r"), b"<iq/>")
+        first, *others = stream.receive_data(b"")
+        assert isinstance(first, StanzaReceived)
+        assert first.stamped == b'<message from="a@h/r" xml:lang="it" to=\'b@h\'/>'
+        assert [type(event) for event in others] == [StanzaReceived, NonzaReceived, StreamEnded]
+
+
+def test_behind_a_request_that_binds_nothing_there_may_be_another_one() -> None:
+    """XEP-0198 5: after <failed/> a client binds."""
+    stream = led_to(State.BINDING)
+    resume = b"<resume xmlns='urn:xmpp:sm:3' previd='x' h='0'/>"
+    assert [type(event) for event in stream.receive_data(resume + BIND + b"<message/>")] == [NonzaReceived]
+    stream.send(b"<failed xmlns='urn:xmpp:sm:3'/>")
+    assert [type(event) for event in stream.receive_data(b"")] == [StanzaReceived]
+    assert stream.state is State.ASKED
+    stream.send(b"<iq type='error' id='b'/>")
+    (ended,) = stream.receive_data(b"")
+    assert isinstance(ended, StreamEnded)
+    assert ended.error is not None
+    assert ended.error.condition == "not-authorized", "a message before there is a session"
 
 
 def test_what_comes_ahead_of_the_features_is_bounded() -> None:
@@ -191,7 +234,7 @@ def test_what_comes_behind_starttls_is_dropped() -> None:
     assert stream.receive_data(STARTTLS + HEADER + AUTH) == [StartTls()]
     assert stream.receive_data(AUTH) == []
     stream.tls_started()
-    assert stream.resume() == []
+    assert stream.receive_data(b"") == []
     assert stream.receive_data(HEADER) == [StreamOpened("h", "it", True, False)]
 
 
