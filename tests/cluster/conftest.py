@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import json
+import os
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,54 @@ from tidings.kit.node_messages import node_from
 from tidings.testing.client import Closed, RawClient, Tree, show
 from tidings.testing.mariadb import MariaDB
 from tidings.testing.server import ONE_PROCESS, Installation
+
+# Whether a test has failed; and what the nodes of those that did have said.
+FAILED = pytest.StashKey[bool]()
+SAID = pytest.StashKey[list[str]]()
+# Of each node that much of the end, without what every start and every client says.
+MOST_LINES = 10
+NOT_SHOWN = {"timestamp", "event", "level", "category"}
+USUAL = {
+    "migrating", "serving", "joined", "self_made_certificate", "component_attached", "component_detached",
+    "call_ended",
+}  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[FAILED] = report.failed or item.stash.get(FAILED, False)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Last: of a long report the end is what is seen."""
+    said = terminalreporter.config.stash.get(SAID, [])
+    if said:
+        terminalreporter.section("what the nodes said")
+        terminalreporter.write("".join(f"{line}\n" for line in said))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SAID in config.stash:
+        # A test that has failed has not closed its clients: what Python says of that at its end would stand behind.
+        atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())
+
+
+def notable(name: str, log: str) -> list[str]:
+    """The last lines of a node's log that say what befell it."""
+    found: list[str] = []
+    for line in log.partition('"event": "stopping"')[0].splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry.get("level") != "debug" and entry.get("event") not in USUAL:
+            rest = ", ".join(f"{key}={value}" for key, value in entry.items() if key not in NOT_SHOWN)
+            found.append(f"{name} {str(entry.get('timestamp'))[14:23]} {entry.get('event')}: {rest}"[:160])
+    return found[-MOST_LINES:]
 
 
 class Cluster:
@@ -162,7 +214,7 @@ class Watch:
 
 
 @pytest.fixture
-def cluster_of(mariadb: MariaDB, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+def cluster_of(mariadb: MariaDB, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Cluster]]:
     """Makes a cluster; the nodes that still run at the end are ended by their ids."""
     made: list[Installation] = []
 
@@ -179,6 +231,10 @@ def cluster_of(mariadb: MariaDB, tmp_path: Path) -> Iterator[Callable[..., Clust
             if process.poll() is None:
                 process.send_signal(18)  # one that a test has stopped can't end
         installation.stop()
+        if request.node.stash.get(FAILED, False):
+            said = request.config.stash.setdefault(SAID, [])
+            for name in installation.processes:
+                said += notable(name, installation.log(name))
 
 
 @pytest.fixture
