@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import random
@@ -46,6 +47,8 @@ _BOUNDS = (
 )
 # Seconds between two transactions of one process on SQLite.
 SQLITE_PAUSE = 0.002
+# Seconds between two tries to take a lock for which SQLite does not wait.
+LOOK = 0.01
 POOL_SIZE = 8
 
 # Transactions that met another one are tried again, so often, after a pause of up to so many seconds, which doubles:
@@ -314,7 +317,7 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
         # SQLAlchemy begins transactions; the driver must not (it would begin them late).
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("pragma journal_mode = wal")
+        _write_ahead(cursor)
         # Power loss costs nothing that was committed.
         cursor.execute("pragma synchronous = full")
         cursor.execute("pragma foreign_keys = on")
@@ -329,6 +332,20 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
             connection.exec_driver_sql("begin immediate")
 
     return engine
+
+
+def _write_ahead(cursor: Any) -> None:
+    """SQLite waits for every lock but for the one that this takes, once for each file: processes that start at once
+    on a new one meet there."""
+    ends = time.monotonic() + CONNECT_TIMEOUT
+    while True:
+        try:
+            cursor.execute("pragma journal_mode = wal")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(LOOK)
 
 
 def _mysql_engine(

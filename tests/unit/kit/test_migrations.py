@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 
 import pytest
 import sqlalchemy as sa
 
-from tidings.kit import migrations
+from tidings.kit import db, migrations
 from tidings.kit.database_url import DatabaseUrl
 from tidings.kit.db import Database, DatabaseAway
 from tidings.kit.migrations import MigrationError, migrate
@@ -128,3 +129,19 @@ async def test_the_first_host_that_answers_is_used(mariadb) -> None:  # type: ig
     await database.start()
     await database.ping()
     await database.stop()
+
+
+def test_who_opens_a_new_file_together_with_others_tries_until_it_can() -> None:
+    """SQLite waits for every lock but for that of a journal whose mode another one changes at the same time."""
+
+    class Cursor:
+        refused = 2
+
+        def execute(self, _statement: str) -> None:
+            if self.refused:
+                self.refused -= 1
+                raise sqlite3.OperationalError("database is locked")
+
+    cursor = Cursor()
+    db._write_ahead(cursor)
+    assert not cursor.refused
