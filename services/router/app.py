@@ -346,7 +346,7 @@ class Router:
     def is_busy(self) -> bool:
         """Whether sessions are ending, or stanzas on their way, of which nobody else knows."""
         owed = self._hand_over.owed + self.routing.endings.owed
-        return bool(self._negotiator.ending + owed + len(self._forwarder))
+        return bool(self._negotiator.ending or owed or len(self._forwarder))
 
     async def stop(self) -> None:
         self._serving = False

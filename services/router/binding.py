@@ -87,9 +87,13 @@ class Binding:
         self._unsettled.discard(session.id)
 
     async def _take(self, session: Session, displace: Callable[[Session], Awaitable[None]]) -> None:
+        untold: SessionRow | None = None
         for attempt in range(TRIES):
             row = await self._table.bind(session.jid, session.id, self._own)
             if row is None:
+                if untold is not None:
+                    # Its router woke, and has ended it: who saw it is told of that before anything of this one.
+                    await self._ended_elsewhere(untold)
                 return
             present = self._sessions.get(row.session)
             if present is not None:
@@ -97,7 +101,8 @@ class Binding:
             elif row.router == self._own and attempt < TRIES // 2:
                 # One that binds at this moment has its row already; else it was left behind.
                 await asyncio.sleep(PAUSE)
-            elif row.router != self._own and await self._ended_elsewhere(row):
+            elif row.router != self._own and (told := await self._ended_elsewhere(row)) is not None:
+                untold = None if told else row
                 await asyncio.sleep(PAUSE if attempt else 0)
             else:
                 session.epoch = row.epoch + 1
@@ -114,20 +119,22 @@ class Binding:
             if row.router != self._own:
                 await self._ended_elsewhere(row, account_removed=True)
 
-    async def _ended_elsewhere(self, row: SessionRow, account_removed: bool = False) -> bool:
-        """Has another router end its session; False when that router is no more."""
+    async def _ended_elsewhere(self, row: SessionRow, account_removed: bool = False) -> bool | None:
+        """Has another router end its session: whether who saw it has been told, as far as is known here; None when
+        that router is no more."""
         node = self._member.view.by_incarnation(row.router)
         if node is None:
             # It may have come a moment ago.
             await self._member.newer_view(PAUSE)
             node = self._member.view.by_incarnation(row.router)
         if node is None or node.state is NodeState.FAILED:
-            return False
+            return None
         try:
             request = EndSessionRequest(session=row.session, jid=str(row.jid), account_removed=account_removed)
             await self._peers.end(node, request)
         except Failed as error:
             log.info("session_not_ended", router=node.hostname, reason=str(error))
+            return False
         return True
 
     # --- rows that go from router to router (hand_over.py) ---

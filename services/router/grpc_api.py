@@ -236,7 +236,7 @@ class RouterApi(RouterServiceServicer):
             if session is not None:
                 end = self._negotiator.remove if request.account_removed else self._negotiator.displace
                 await end(session)
-            else:
+            if not await self._negotiator.ended(request.session) and session is None:
                 await self._binding.clear(Jid.parse(request.jid), request.session)
         except (DatabaseAway, JidError) as error:
             log.info("session_not_ended", session=request.session, reason=str(error))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,8 @@ BIND = f"{{{ns.BIND}}}bind"
 
 # Sessions of one account at one time: stops a stolen or broken client from filling memory by binding on.
 MAX_SESSIONS_PER_ACCOUNT = 100
-
+# Seconds for who saw a session available to be told of its end, before the next one of its full JID is bound.
+TOLD_TIMEOUT = 3.0
 
 _SPENT = StreamOpened()
 
@@ -114,8 +117,8 @@ class Negotiator:
         self._spawn = spawn
         # Takes sessions over from connectors' copies; set by the router.
         self.reattachment: Reattachment = None  # type: ignore[assignment]
-        # Sessions that are ending just now.
-        self.ending = 0
+        # Sessions that are ending just now, and their full JIDs: what is set when who saw them has been told.
+        self.ending: dict[str, asyncio.Event] = {}
         # All sessions are handed over: there are to be no new ones.
         self.drained = False
         # Waits, not for long, until all is written that is to be.
@@ -319,6 +322,7 @@ class Negotiator:
             raise StanzaError("resource-constraint", "too many sessions of this account", type="wait")
         session = Session(jid, stream.info.lang, stream.link, stream.number, self._spawn)
         await self._binding.take(session, self.displace)
+        await self.ended(session.jid_text)
         stale = self._sessions.of(session.account).get(jid.resource)
         if stale is not None:
             # Its row was taken from it without our noticing.
@@ -357,7 +361,7 @@ class Negotiator:
         await self.adoption.whole(session)
         if not self._sessions.remove(session):
             return
-        self.ending += 1
+        told = self.ending[session.id] = self.ending[session.jid_text] = asyncio.Event()
         try:
             if session.link is not None:
                 session.link.unbound(session)
@@ -381,7 +385,19 @@ class Negotiator:
                 return
             await self.routing.endings.tell(session, session.presence is not None)
         finally:
-            self.ending -= 1
+            del self.ending[session.id]
+            if self.ending[session.jid_text] is told:
+                del self.ending[session.jid_text]
+            told.set()
+
+    async def ended(self, what: str) -> bool:
+        """Waits, not for long, if a session ends just now, until who saw it available has been told; whether it does.
+        `what`: its id or its full JID."""
+        told = self.ending.get(what)
+        if told is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(told.wait(), TOLD_TIMEOUT)
+        return told is not None
 
     async def leave(self, session: Session) -> None:
         """Its connector drains: what comes for the session from now on waits for the next one of its account."""

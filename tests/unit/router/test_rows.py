@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.router import binding, orphans
+from services.router import binding, orphans, peers
 from services.router.store import SessionRow
 from tests.unit.router.nodes import FAILED, HOST, UP, Client, at_home, running, soon
 from tests.unit.router.unsure_database import at_once, away
@@ -66,6 +66,55 @@ async def test_a_session_that_is_ended_for_another_one_ends_whole_though_its_cal
         await soon(lambda: "unavailable" in romeo.written, "who saw it is told")
         assert await nodes.rows(juliet.name) == []
         assert "<conflict" in juliet.written
+
+
+@pytest.mark.parametrize("at", ["a", "b"])
+async def test_the_end_of_a_session_is_told_before_the_next_one_of_its_full_jid_is_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Drills, seed 33: the router of the old one woke, removed its row, and told contacts of its end behind what they
+    heard of the new one, at another router: they saw somebody go who was there."""
+    monkeypatch.setattr(peers, "END_TIMEOUT", 0.1)
+    async with running(tmp_path, "a", "b", strategy="online-users") as nodes:
+        await nodes.up("a", "b")
+        old = await nodes.client("juliet", at="a")
+        (before,) = await nodes.rows("juliet")
+        tell, told = nodes.routers["a"].routing.endings.tell, asyncio.Event()
+
+        async def late(*arguments: Any) -> None:
+            await told.wait()
+            await tell(*arguments)
+
+        monkeypatch.setattr(nodes.routers["a"].routing.endings, "tell", late)
+        asks = 0
+        if at == "b":
+            end = nodes.routers[at]._binding._peers.end
+
+            async def counted(*arguments: Any) -> None:
+                nonlocal asks
+                asks += 1
+                try:
+                    await end(*arguments)
+                finally:
+                    monkeypatch.setattr(peers, "END_TIMEOUT", 60.0)
+
+            monkeypatch.setattr(nodes.routers[at]._binding._peers, "end", counted)
+        nodes.prefers = at
+        new = Client(nodes, "juliet")
+        await new.open("<mechanisms")
+        await new.authenticate()
+        await new.open("<bind")
+        if at == "a":
+            old.disconnect()
+        new.bind()
+        await soon(lambda: nodes.session("a", "juliet") is None and (at == "a" or asks == 2), "the old one ends")
+        while [row.session for row in await nodes.rows("juliet")] in ([], [before.session]):
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)  # whatever it does now, it does not get so far
+        assert "<jid>" not in new.written
+        told.set()
+        await new.until("<jid>")
 
 
 async def test_a_row_without_a_session_is_no_obstacle(tmp_path: Path) -> None:
