@@ -38,8 +38,8 @@ log = get_logger("cluster")
 LOOK = 0.5
 # Seconds by which a look may be late: if it is by more, this router has stood still, and nobody else was silent.
 LATE = 0.5
-# Seconds for a connector to have what it is to copy: then another one takes its place; and where there is none, until
-# the session goes on without.
+# Seconds for a connector to have what it is to copy: then another one takes its place, which is given twice the time,
+# for when all are slow a change helps nobody; and where there is none, until the session goes on without.
 SILENT = 1.0
 ALONE = 3.0
 # Seconds for a connector to say that it has forgotten a copy.
@@ -64,6 +64,8 @@ class Copies:
         self._view = view
         # Sessions that have confirmed something, and up to which delivery.
         self._unmarked: dict[str, tuple[Session, int]] = {}
+        # By session: how many connectors have taken the place of another one, since one had all in time.
+        self._replaced: dict[str, int] = {}
         # Raises a session's epoch in the table; whether this router has a session.
         self.keep: Callable[[Session], Awaitable[bool]] = _yes
         self.is_here: Callable[[Session], bool] = lambda _session: True
@@ -231,15 +233,18 @@ class Copies:
             if now - looked > LOOK + LATE:
                 awake = now  # it was this router that stood still
             looked = now
+            self._replaced = {id_: times for id_, times in self._replaced.items() if _waits(sessions.get(id_))}
             for session in sessions:
                 if session.holder is not None and self._is_silent(session, session.holder, now, awake):
+                    self._replaced[session.id] = self._replaced.get(session.id, 0) + 1
                     self._replace(session, session.holder)
                 elif session.resume_seconds:
                     self.cover(session)
 
     def _is_silent(self, session: Session, holder: ConnectorLink, now: float, awake: float) -> bool:
         waited = now - max(awake, session.uncopied[0][0]) if session.uncopied else 0.0
-        return waited > SILENT and (waited > ALONE or bool(self._candidates(session, holder)))
+        patience = SILENT * 2 ** self._replaced.get(session.id, 0)
+        return waited > patience and (waited > ALONE or bool(self._candidates(session, holder)))
 
     # --- what goes into them ---
 
@@ -268,6 +273,10 @@ def _key(session: Session) -> object:
         session.epoch, frozenset(session.directed) if session.directed else None,
         tuple(session.notes.items()) if session.notes else None,
     )  # fmt: skip
+
+
+def _waits(session: Session | None) -> bool:
+    return session is not None and bool(session.uncopied)
 
 
 def _nothing() -> None: ...

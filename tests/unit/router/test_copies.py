@@ -118,6 +118,30 @@ async def test_a_holder_that_says_nothing_is_replaced_and_what_has_waited_goes_o
     assert gone_on == [1, 2]
 
 
+async def test_a_holder_that_has_taken_the_place_of_a_silent_one_is_given_more_time(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drills, seed 0, on a machine with too much to do: each was replaced before it could have the whole copy."""
+    monkeypatch.setattr(copies, "LOOK", 0.01)
+    monkeypatch.setattr(copies, "SILENT", 0.2)
+    monkeypatch.setattr(copies, "ALONE", 60.0)
+    session = house.session(house.here)
+    one, other = house.others(session)
+    gone_on: list[float] = []
+    when_copied(session, one, lambda: gone_on.append(time.monotonic()))  # type: ignore[arg-type]
+    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
+    times: list[float] = []
+    for holder in (other, one, other):
+        await soon(lambda holder=holder: session.holder is holder, "another one holds it")  # type: ignore[misc]
+        times.append(time.monotonic())
+    assert times[1] - times[0] > 0.4
+    assert times[2] - times[1] > 0.8
+    other.confirm()
+    assert gone_on
+    await soon(lambda: not house.copies._replaced, "all is well again")
+    running.cancel()
+
+
 async def test_when_nobody_else_is_there_what_has_waited_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
