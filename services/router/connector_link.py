@@ -239,7 +239,7 @@ class ConnectorLink:
         copies, held, self._held = self._negotiator.copies, self._held, {}
         for session in held.values():
             _not_held_by(session, self)
-            copies.outdate(session)
+            copies.outdate_later(session)
             copies.cover(session)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
@@ -370,7 +370,7 @@ class ConnectorLink:
             return
         if session.holder is self:
             self._held[session.id] = session
-        elif not self.local:
+        elif not self.local and not self.over:
             self._negotiator.copies.let_go(session, self)
 
     def release(self, session: Session) -> None:

@@ -44,6 +44,8 @@ SILENT = 1.0
 ALONE = 3.0
 # Seconds for a connector to say that it has forgotten a copy.
 FORGET_TIMEOUT = 1.0
+# Seconds after which a router knows that it was put out, if connectors ended their links for that.
+KNOWN = 3.0
 # Seconds between two looks at what is confirmed and written.
 MARKED = 0.05
 
@@ -184,6 +186,9 @@ class Copies:
         link.forget(session)
         link.when_copied(partial(self._has_forgotten, session, link, told))
         if not any(told):
+            if link.over:
+                self.outdate_later(session)
+                return
             reached = link.handling is not None
             asyncio.get_running_loop().call_later(patience if reached else 0.0, self._forgotten, session, told)
 
@@ -201,6 +206,15 @@ class Copies:
         """Somebody may have an old copy: its epoch is to count no more."""
         if self.is_here(session):
             self._spawn(self._raise_epoch(session), "the epoch of a session with an old copy")
+
+    def outdate_later(self, session: Session) -> None:
+        """The same, of a connector whose link has ended: when this router knows that it was not put out. Else the
+        good copies would count no more either, for their connectors can't be told."""
+        asyncio.get_running_loop().call_later(KNOWN, self._outdate_if_old, session)
+
+    def _outdate_if_old(self, session: Session) -> None:
+        if session.old_copies:
+            self.outdate(session)
 
     async def _raise_epoch(self, session: Session) -> None:
         # A router that ends has closed its database.

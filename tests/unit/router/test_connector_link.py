@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.router import module_loader
+from services.router import copies, module_loader
 from services.router.connector_link import ConnectorLink
 from services.router.copies import Copies
 from services.router.negotiation import Negotiation, Negotiator
@@ -228,6 +228,39 @@ async def test_when_a_link_ends_the_copies_at_its_other_end_are_older_ones(attac
     attached.link.closed()
     assert found == [{attached.link}]
     session.closed = True
+    attached.resumption.stop()
+
+
+@pytest.mark.parametrize("put_out", [False, True])
+async def test_a_router_whose_links_end_lets_copies_count_until_it_knows_that_it_was_not_put_out(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch, put_out: bool
+) -> None:
+    """Drills, seed 35: it raised the epoch of a session that its connector was just bringing to another router, and
+    the session was lost."""
+    monkeypatch.setattr(copies, "KNOWN", 60.0 if put_out else 0.01)
+    raised: list[Session] = []
+
+    async def keep(session: Session) -> bool:
+        raised.append(session)
+        return True
+
+    attached.negotiator.copies.keep = keep
+    attached.link.local = False
+    _, held = await attached.bound("romeo")
+    _, streaming = await attached.bound("juliet")
+    for session in (held, streaming):
+        session.resume_seconds = 60
+        session.holder = attached.link
+    attached.link.unbound(held)
+    assert held.id in attached.link._held
+    attached.link.closed()
+    if not put_out:
+        await until(lambda: raised == [held])
+        assert held.old_copies == set()
+        assert streaming.old_copies == {attached.link}, "that is seen to when its client resumes"
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert raised == ([] if put_out else [held])
     attached.resumption.stop()
 
 
