@@ -123,12 +123,14 @@ class Sent:
 class Group:
     """The copies of one item; `done` is told when all are answered."""
 
-    __slots__ = ("certain", "contents", "done", "first", "left", "taken")
+    __slots__ = ("certain", "contents", "done", "first", "left", "lost", "taken")
 
     def __init__(self, left: int, certain: bool, taken: bool, done: Callable[[Group], None]) -> None:
         self.left = left
         self.certain = certain
         self.taken = taken
+        # A router that got one has died: its sessions are another one's by now, or will be.
+        self.lost = False
         self.contents: list[bytes] = []
         self.done = done
         # Told once, when the first one has taken it, or all have answered.

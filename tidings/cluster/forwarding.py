@@ -127,7 +127,8 @@ class Forwarder:
         """For who decides: copies of an item to the other routers of a plan, for their sessions.
 
         `taken`: whether sessions here have taken it. When nobody takes it, it is decided about again, with a
-        higher `missed`. Where the plan is a guess, the flow waits for the answers.
+        higher `missed`; and so it is, as one that comes `again`, when somebody waits for it and a router has died
+        that got a copy. Where the plan is a guess, the flow waits for the answers.
         """
         flow = self._open(item.flow)
         flow.plan = plan
@@ -140,11 +141,16 @@ class Forwarder:
 
         def done(group: Group) -> None:
             item.copied = False
-            if group.taken:
-                self._finished(item)
-            else:
+            if not group.taken:
                 item.missed += 1
                 flow.returned.append(item)
+            elif group.lost and item.waiter is not None:
+                # Others have it, and know it by its number; the sessions of the one that has died go on elsewhere,
+                # and get it before what comes behind it.
+                item.again = True
+                flow.returned.append(item)
+            else:
+                self._finished(item)
             self._settle(flow)
 
         group = Group(len(plan.nodes), plan.certain, taken, done)
@@ -224,6 +230,7 @@ class Forwarder:
     def lost(self, sent: Sent) -> None:
         """The receiver is no more. Whether it had dealt with it cannot be known; it is sent another way."""
         if sent.group is not None:
+            sent.group.lost = True
             sent.item.missed = 0  # it has not been missed: who has its sessions next is asked for anew
         self._returned(sent, 0)
 

@@ -164,6 +164,25 @@ def test_a_copy_has_been_missed_by_who_refuses_it_and_not_by_who_has_died(died: 
     assert copied.missed == missed
 
 
+@pytest.mark.parametrize("safe", [False, True], ids=["nobody waits", "somebody waits"])
+def test_a_copy_whose_router_dies_is_decided_about_again_before_what_comes_behind_it(safe: bool) -> None:
+    """Drills, seed 58: another session of the account had it; the one whose router hung was taken over, and got it
+    only from the other one's end, behind newer ones."""
+    forwarder, port = forwarding(Plan(nodes=("a", "b")))
+    first = item(1)
+    first.waiter = Waits() if safe else None
+    forwarder.run(first)
+    port.answers("a", 1, taken=True)
+    hung = next(sent for to, _, sent in port.sent if to == "b")
+    forwarder._strategy.plan = Plan(nodes=("a",))  # type: ignore[attr-defined]
+    forwarder.run(item(2))
+    assert port.decided == [1], "it waits: the plan is another one"
+    forwarder.lost(hung)
+    assert port.decided == ([1, 1, 2] if safe else [1, 2])
+    assert port.of("a") == ([1, 1, 2] if safe else [1, 2])
+    assert first.again is safe
+
+
 def test_who_has_something_under_way_is_known_until_it_is_dealt_with() -> None:
     forwarder, port = forwarding(Plan(decides="a"))
     forwarder.run(item(0))

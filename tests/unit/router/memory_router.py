@@ -110,10 +110,17 @@ class Links:
         self.sent: list[tuple[str, Item]] = []
         # By router, what it has not said to be safe.
         self.unsafe: dict[str, list[Sent]] = {}
+        # Routers that answer nothing, and what has been sent to them.
+        self.hung: dict[str, list[Sent]] = {}
 
     def dies(self, node: str) -> None:
         """A router is gone; what it had taken and not said to be safe comes back. The view must know."""
         unsafe = self.unsafe.pop(node, [])
+        for sent in self.hung.pop(node, []):
+            unsafe.remove(sent)
+            self._routers[self._own].forwarder.lost(sent)
+            assert sent.waiter is not None
+            sent.waiter.settle()
         self._routers[self._own].forwarder.again(unsafe)
         for sent in unsafe:
             assert sent.waiter is not None
@@ -127,6 +134,9 @@ class Links:
         if sent.waiter is not None:
             sent.waiter.expect()
             self.unsafe.setdefault(node, []).append(sent)
+        if node in self.hung:
+            self.hung[node].append(sent)
+            return
         asyncio.get_running_loop().call_soon(self._arrive, node, item, sent, refusals_seen)
 
     def _arrive(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
