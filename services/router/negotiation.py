@@ -47,7 +47,7 @@ BIND = f"{{{ns.BIND}}}bind"
 # Sessions of one account at one time: stops a stolen or broken client from filling memory by binding on.
 MAX_SESSIONS_PER_ACCOUNT = 100
 # Seconds for who saw a session available to be told of its end, before the next one of its full JID is bound.
-TOLD_TIMEOUT = 3.0
+TOLD_TIMEOUT = 1.0
 
 _SPENT = StreamOpened()
 
@@ -386,7 +386,7 @@ class Negotiator:
             await self.routing.endings.tell(session, session.presence is not None)
         finally:
             del self.ending[session.id]
-            if self.ending[session.jid_text] is told:
+            if self.ending.get(session.jid_text) is told:
                 del self.ending[session.jid_text]
             told.set()
 
