@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 from services.router.adoption import tell
 from services.router.deliveries import is_tracked, wants_stored
@@ -87,6 +88,8 @@ class Reattachment:
         self._hooks = hooks
         self._spawn = spawn
         self._slots = asyncio.Semaphore(AT_ONCE)
+        # By session: held while it is taken over.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         # Sessions that this router has asked for: here their clients resume.
         self.wanted: set[str] = set()
         # Ends a session; lets one wait for its client.
@@ -118,7 +121,10 @@ class Reattachment:
             moved = link.command(stream, record.id).moved
             moved.router_incarnation, moved.ticket = node.incarnation, attach.ticket
             return
-        async with self._slots:
+        # A copy may be brought twice, by whoever lost its router and because it was asked for, and several may be
+        # brought at one time: the next one finds the row as the one before has left it.
+        lock = self._locks.setdefault(record.id, asyncio.Lock())
+        async with lock, self._slots:
             session = await self._taken(link, stream, attach, jid)
         if session is None:
             self._refuse(link, stream, record, "its row is another router's, or gone")

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from services.connector.router_link import RouterLink
+from services.connector.session_copy import SessionCopy
+from services.router.store import SessionRow
 from tests.unit.router.nodes import HOST, Client, Nodes, at_home, running, soon
 from tests.unit.router.unsure_database import at_once, away
+from tidings.api.router.v1.router_pb2 import SessionAttach
+from tidings.xmpp.jid import Jid
 
 SM = "urn:xmpp:sm:3"
 QUERY = "<query xmlns='jabber:iq:version'/>"
@@ -209,6 +214,45 @@ async def test_a_session_that_waits_for_its_client_goes_on_waiting_elsewhere(tmp
         await again.until("<body>3</body>")
         assert again.numbers() == [2, 3]
         assert "<presence" not in juliet.written
+
+
+async def test_a_copy_that_is_brought_twice_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drills, seed 27: its connector had missed its router, and was asked for it at the same moment. The second time
+    counted as a repetition, so the row was right; the session of the first time was ended, and the row with it."""
+    async with pair(tmp_path) as (nodes, romeo, _):
+        previous = await enabled(romeo)
+        romeo.disconnect()
+        copies = nodes.streams.copies
+        await soon(lambda: len(copies) == 1, "its copy is kept")
+        attach, brought = copies._attach, list[str]()
+
+        def twice(link: RouterLink, session: str, copy: SessionCopy, moves: int) -> None:
+            attach(link, session, copy, moves)
+            attach(link, session, copy, moves)
+            brought.append(session)
+
+        reattachment = nodes.routers["b"]._negotiator.reattachment
+        read, rows = reattachment._row, list[SessionRow | None]()
+
+        async def row_of(jid: Jid, brought: SessionAttach) -> SessionRow | None:
+            """As it was before the first one was taken, if both may ask for it by then."""
+            rows.append(await read(jid, brought))
+            row, second = rows[-1], len(rows) == 2
+            with suppress(AssertionError):
+                await soon(lambda: len(rows) == 2, "both have asked", timeout=0.3)
+            if second:
+                await soon(lambda: nodes.session("b", romeo.name) is not None, "the first one is taken")
+            return row
+
+        monkeypatch.setattr(copies, "_attach", twice)
+        monkeypatch.setattr(reattachment, "_row", row_of)
+        await nodes.kill("a")
+        await soon(lambda: brought == [previous] and len(rows) == 2, "it is brought, and answered")
+        await nodes.is_at("b", romeo.name)
+        again = await resumed(nodes, romeo, previous, 0)
+        ((row),) = await nodes.rows(romeo.name)
+        assert (row.session, row.router, row.epoch) == (previous, "b", 2)
+        assert not again.closed
 
 
 async def test_what_was_confirmed_before_a_copy_began_and_is_not_written_is_neither_given_again_nor_waits(

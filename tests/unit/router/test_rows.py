@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.router import binding, orphans, peers
+from services.router import binding, negotiation, orphans, peers
 from services.router.store import SessionRow
 from tests.unit.router.nodes import FAILED, HOST, UP, Client, at_home, running, soon
 from tests.unit.router.unsure_database import at_once, away
@@ -115,6 +115,33 @@ async def test_the_end_of_a_session_is_told_before_the_next_one_of_its_full_jid_
         assert "<jid>" not in new.written
         told.set()
         await new.until("<jid>")
+
+
+async def test_two_sessions_of_one_full_jid_may_end_at_one_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for long until the end of the first one is told."""
+    monkeypatch.setattr(negotiation, "TOLD_TIMEOUT", 0.01)
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        router = nodes.routers["a"]
+        tell, ending = router.routing.endings.tell, router._negotiator.ending
+        gates: list[asyncio.Event] = []
+
+        async def late(*arguments: Any) -> None:
+            gates.append(gate := asyncio.Event())
+            await gate.wait()
+            await tell(*arguments)
+
+        monkeypatch.setattr(router.routing.endings, "tell", late)
+        for count in (1, 2):
+            client = await nodes.client("juliet")
+            client.disconnect()
+            await soon(lambda count=count: len(gates) == count, "it ends")  # type: ignore[misc]
+        gates[1].set()
+        await soon(lambda: len(ending) == 1, "the second one has ended")
+        gates[0].set()
+        await soon(lambda: not ending, "and the first one")
 
 
 async def test_a_row_without_a_session_is_no_obstacle(tmp_path: Path) -> None:
