@@ -134,14 +134,18 @@ async def test_two_sessions_of_one_full_jid_may_end_at_one_time(
             await tell(*arguments)
 
         monkeypatch.setattr(router.routing.endings, "tell", late)
+        await nodes.account("juliet")
         for count in (1, 2):
-            client = await nodes.client("juliet")
+            client = Client(nodes, "juliet")
+            await client.log_in()
             client.disconnect()
             await soon(lambda count=count: len(gates) == count, "it ends")  # type: ignore[misc]
+        told = list(ending.values())
         gates[1].set()
         await soon(lambda: len(ending) == 1, "the second one has ended")
         gates[0].set()
-        await soon(lambda: not ending, "and the first one")
+        await soon(lambda: all(one.is_set() for one in told), "and the first one, for who waits for it")
+        assert not ending
 
 
 async def test_a_row_without_a_session_is_no_obstacle(tmp_path: Path) -> None:
