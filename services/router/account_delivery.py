@@ -109,6 +109,8 @@ class AccountDelivery:
             item.again = False
             return self._again(item, plan, taken, self._ids_here(item.account))
         if plan.nodes:
+            if item.again and kind == MESSAGE:
+                plan = Plan(nodes=plan.nodes, certain=False)  # nothing goes past it before it is known who takes it
             if kind == PRESENCE and not plan.certain and not self._may_move(item.account):
                 # Nobody is known to be there, and mostly nobody is: the table is not asked for each of these.
                 item.missed = TABLE_ASKED - 1

@@ -149,6 +149,30 @@ async def test_what_comes_back_from_a_dead_router_reaches_who_has_taken_over_its
         await until(lambda: c.link.bodies(phone) == ["1", "2"])
 
 
+async def test_what_was_for_a_session_alone_comes_back_before_what_was_for_its_account() -> None:
+    """Drills, seed 56: the strategy knew of another session's router only, which refused it; what came behind it was
+    given to the new session meanwhile, and it was read back seconds later."""
+    stores = Stores()
+    async with together("abcd", stores, OnlineUsers, MODULES) as (a, b, c, d):
+        await stores.accounts.create(JULIET.domain, JULIET.local, {})
+        romeo = await a.session("romeo")
+        desk, phone = await b.session("juliet", "desk"), await c.session("juliet", "phone")
+        await until(lambda: not any(len(router.forwarder) for router in (a, b, c, d)))
+        stores.messages.away = True  # type: ignore[attr-defined]
+        await a.send(romeo, message("1", desk.jid_text))
+        await a.send(romeo, message("2", str(JULIET)))
+        await until(lambda: b.link.bodies(desk) == ["1", "2"] and c.link.bodies(phone) == ["2"])
+        for router in (a, c, d):
+            router.see(view(2, **dict.fromkeys("acd", NodeState.UP)))
+        (row,) = (row for row in await stores.table.of_account(JULIET) if row.router == "b")
+        assert await stores.table.move(row, "d")
+        taken = d.takes_over(desk)
+        a.links.dies("b")
+        await until(lambda: len(d.link.bodies(taken)) == 2)
+        assert d.link.bodies(taken) == ["1", "2"]
+        assert c.link.bodies(phone) == ["2"]
+
+
 # --- where a copy at another process makes it safe ---
 
 
