@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,9 @@ class UnsureDatabase(Database):
         """As with its process: what was begun is rolled back, and nothing stays locked."""
         await self.stop()
         for connection in self._connections:
+            with suppress(ValueError):  # it is closed
+                # First: one with a statement that is not finished stays open, and what it has locked stays locked.
+                await connection.rollback()
             await connection.close()
 
     @asynccontextmanager
