@@ -115,14 +115,12 @@ class Links:
 
     def dies(self, node: str) -> None:
         """A router is gone; what it had taken and not said to be safe comes back. The view must know."""
-        unsafe = self.unsafe.pop(node, [])
-        for sent in self.hung.pop(node, []):
-            unsafe.remove(sent)
-            self._routers[self._own].forwarder.lost(sent)
-            assert sent.waiter is not None
-            sent.waiter.settle()
-        self._routers[self._own].forwarder.again(unsafe)
-        for sent in unsafe:
+        forwarder, unanswered = self._routers[self._own].forwarder, self.hung.pop(node, [])
+        unsafe = [sent for sent in self.unsafe.pop(node, []) if sent not in unanswered]
+        forwarder.again(unsafe)
+        for sent in unanswered:
+            forwarder.lost(sent)
+        for sent in (*unsafe, *unanswered):
             assert sent.waiter is not None
             sent.waiter.settle()
 

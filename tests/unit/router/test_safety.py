@@ -12,6 +12,7 @@ from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_o
 from services.router.sessions import Session
 from services.router.store import SessionRow
 from tests.unit.router.memory_router import HOST, Link, MemoryRouter, Stores, message, together, until, view
+from tests.unit.router.test_passing import Holder as HolderElsewhere
 from tidings.cluster.node import NodeState
 from tidings.cluster.strategies.home import Home
 from tidings.cluster.strategies.online_users import OnlineUsers
@@ -214,22 +215,6 @@ async def test_what_is_withheld_from_a_client_is_not_in_its_copy_and_not_safe_wi
 # --- memory: what two have (and no third one an older copy) ---
 
 
-class SlowHolder(Holder):
-    """It has what it is sent when the test says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._copied: list[Callable[[], None]] = []
-
-    def when_copied(self, then: Callable[[], None]) -> None:
-        self._copied.append(then)
-
-    def answer(self) -> None:
-        copied, self._copied = self._copied, []
-        for then in copied:
-            then()
-
-
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 async def test_with_an_older_copy_about_a_message_is_safe_when_it_is_written(when: str) -> None:
     """The link of a connector that has a copy of the session has ended: if this router was put out and does not know
@@ -238,7 +223,7 @@ async def test_with_an_older_copy_about_a_message_is_safe_when_it_is_written(whe
     romeo, juliet = await router.session("romeo"), await router.session("juliet")
     romeo.inbound.enable()
     juliet.inbound.enable()
-    holder: Any = SlowHolder()
+    holder: Any = HolderElsewhere()
     juliet.holder = holder
     store = router.stores.messages
     assert isinstance(store, MemoryMessageStore)
