@@ -207,6 +207,7 @@ class AccountDelivery:
 
         `had`: ids of the sessions that were here when it was given to those.
         """
+        taken = taken or bool(item.takers)
         try:
             nodes = await self._where(item)
         except DatabaseAway:

@@ -153,9 +153,9 @@ class Answers:
         """What was answered is safe when the answer is where the session would go on from: it is stored nowhere. One
         connector that has both learns of both in their order; where the stream's gets the answer behind another one,
         it must not forget the question before."""
-        sender = self._sender(envelope) if session.uncopied else None
+        sender = self._sender(envelope) if session.uncopied or session.old_copies else None
         if sender is not None:
-            when_all_have_it(session, lambda _surely: sender.settle())
+            when_all_have_it(session, lambda _copied: sender.settle())
 
 
 def _name(envelope: Envelope) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from services.router.peers import Failed, Peers
+from services.router.peers import END_TIMEOUT, Failed, Peers
 from services.router.sessions import Session, Sessions
 from services.router.store import DirectedChange, SessionRow, SessionTable
 from tidings.api.router.v1.router_pb2 import EndSessionRequest
@@ -32,6 +32,8 @@ log = get_logger("cluster")
 # Tries to get a full JID that others want too, and seconds between them.
 TRIES = 20
 PAUSE = 0.05
+# Seconds for those who saw a session available to be told of its end, before the next one of its full JID is bound.
+TOLD_TIMEOUT = 1.0
 # Seconds between two tries to write what the database did not take.
 RETRY = 1.0
 # Seconds that a new session may take to send presence, before its row says that it has sent none.
@@ -93,7 +95,7 @@ class Binding:
             if row is None:
                 if untold is not None:
                     # Its router woke, and has ended it: who saw it is told of that before anything of this one.
-                    await self._ended_elsewhere(untold)
+                    await self._ended_elsewhere(untold, TOLD_TIMEOUT)
                 return
             present = self._sessions.get(row.session)
             if present is not None:
@@ -119,7 +121,9 @@ class Binding:
             if row.router != self._own:
                 await self._ended_elsewhere(row, account_removed=True)
 
-    async def _ended_elsewhere(self, row: SessionRow, account_removed: bool = False) -> bool | None:
+    async def _ended_elsewhere(
+        self, row: SessionRow, seconds: float = END_TIMEOUT, account_removed: bool = False
+    ) -> bool | None:
         """Has another router end its session: whether who saw it has been told, as far as is known here; None when
         that router is no more."""
         node = self._member.view.by_incarnation(row.router)
@@ -131,7 +135,7 @@ class Binding:
             return None
         try:
             request = EndSessionRequest(session=row.session, jid=str(row.jid), account_removed=account_removed)
-            await self._peers.end(node, request)
+            await self._peers.end(node, request, seconds)
         except Failed as error:
             log.info("session_not_ended", router=node.hostname, reason=str(error))
             return False

@@ -239,7 +239,7 @@ class ConnectorLink:
         copies, held, self._held = self._negotiator.copies, self._held, {}
         for session in held.values():
             _not_held_by(session, self)
-            copies.outdate_later(session)
+            copies.outdate(session)
             copies.cover(session)
         streams, self._streams = self._streams, {}
         for stream in streams.values():

@@ -44,10 +44,9 @@ SILENT = 1.0
 ALONE = 3.0
 # Seconds for a connector to say that it has forgotten a copy.
 FORGET_TIMEOUT = 1.0
-# Seconds after which a router knows that it was put out, if connectors ended their links for that.
-KNOWN = 3.0
 # Seconds between two looks at what is confirmed and written.
 MARKED = 0.05
+_NEVER = (0, 0.0)
 
 
 class Copies:
@@ -66,13 +65,19 @@ class Copies:
         self._view = view
         # Sessions that have confirmed something, and up to which delivery.
         self._unmarked: dict[str, tuple[Session, int]] = {}
-        # By session: how many connectors have taken the place of another one, since one had all in time.
-        self._replaced: dict[str, int] = {}
+        # By session: how many connectors have taken the place of another one, since one had all in time; and when the
+        # last one did.
+        self._replaced: dict[str, tuple[int, float]] = {}
         # Raises a session's epoch in the table; whether this router has a session.
         self.keep: Callable[[Session], Awaitable[bool]] = _yes
         self.is_here: Callable[[Session], bool] = lambda _session: True
         # The links of connectors.
         self.links: Callable[[], Iterable[ConnectorLink]] = tuple
+        # Whether the cluster has this router, asked now.
+        self.is_in: Callable[[], Awaitable[bool]] = _yes
+        # Sessions whose epochs are to be raised when that is known; and whether it is being asked.
+        self._outdated: set[Session] = set()
+        self._asking = False
 
     # --- what clients have confirmed ---
 
@@ -161,7 +166,9 @@ class Copies:
         away = [name for name in links if self._host_of(name) != own]
         others = away or [name for name in links if holder is None]
         if others:
-            links[rendezvous(session.id, others)].hold(session)
+            taker = links[rendezvous(session.id, others)]
+            taker.hold(session)
+            taker.when_copied(partial(self.outdate, session))
             self._go_on(session)
             if holder is not None and holder is not session.link:
                 self.let_go(session, holder)
@@ -181,51 +188,68 @@ class Copies:
             link.forget(session)
             return
         # Also called when the link ends: then nobody has said anything.
-        told: list[bool] = []
         session.old_copies |= {link}
         link.forget(session)
-        link.when_copied(partial(self._has_forgotten, session, link, told))
-        if not any(told):
-            if link.over:
-                self.outdate_later(session)
-                return
-            reached = link.handling is not None
-            asyncio.get_running_loop().call_later(patience if reached else 0.0, self._forgotten, session, told)
+        link.when_copied(partial(self._has_forgotten, session, link))
+        if link not in session.old_copies:
+            return
+        if link.over or link.handling is None or not patience:
+            self.outdate(session)
+        else:
+            asyncio.get_running_loop().call_later(patience, self.outdate, session)
 
     @staticmethod
-    def _has_forgotten(session: Session, link: ConnectorLink, told: list[bool]) -> None:
-        told.append(not link.over)
+    def _has_forgotten(session: Session, link: ConnectorLink) -> None:
         if not link.over:
-            session.old_copies -= {link}
-
-    def _forgotten(self, session: Session, told: list[bool]) -> None:
-        if not any(told):
-            self.outdate(session)
+            session.are_forgotten((link,))
 
     def outdate(self, session: Session) -> None:
-        """Somebody may have an old copy: its epoch is to count no more."""
-        if self.is_here(session):
-            self._spawn(self._raise_epoch(session), "the epoch of a session with an old copy")
+        """Somebody may have an old copy: its epoch is to count no more. That needs the cluster to have this router
+        still: else the good copies, which other routers are just given, would count no more either."""
+        if session.old_copies and self.is_here(session):
+            self._outdated.add(session)
+            if not self._asking:
+                self._asking = True
+                self._spawn(self._outdate(), "the epochs of sessions with old copies")
 
-    def outdate_later(self, session: Session) -> None:
-        """The same, of a connector whose link has ended: when this router knows that it was not put out. Else the
-        good copies would count no more either, for their connectors can't be told."""
-        asyncio.get_running_loop().call_later(KNOWN, self._outdate_if_old, session)
-
-    def _outdate_if_old(self, session: Session) -> None:
-        if session.old_copies:
-            self.outdate(session)
+    async def _outdate(self) -> None:
+        try:
+            while self._outdated:
+                sessions, self._outdated = self._outdated, set()
+                while not await self.is_in():  # noqa: ASYNC110 - it is asked anew
+                    await asyncio.sleep(LOOK)
+                for session in sessions:
+                    self._spawn(self._raise_epoch(session), "the epoch of a session with an old copy")
+        finally:
+            self._asking = False
 
     async def _raise_epoch(self, session: Session) -> None:
         # A router that ends has closed its database.
         with suppress(AssertionError):
-            while self.is_here(session) and not session.moving:
-                try:
-                    if await self.keep(session):
-                        session.old_copies = frozenset()
-                    return
-                except DatabaseAway:
-                    await asyncio.sleep(LOOK)
+            while self.is_here(session) and (old := session.old_copies):
+                if not session.moving:  # else it goes with a higher one
+                    with suppress(DatabaseAway):
+                        if await self.keep(session):
+                            self._when_known(session, partial(session.are_forgotten, old))
+                        return
+                await asyncio.sleep(LOOK)
+
+    @staticmethod
+    def _when_known(session: Session, then: Callable[[], None]) -> None:
+        """When those that have good copies know of what has changed."""
+        links = {link for link in (session.holder, session.link) if link is not None}
+        missing = [len(links)]
+
+        def known() -> None:
+            missing[0] -= 1
+            if missing[0] <= 0:
+                then()
+
+        for link in links:
+            link.tell_progress()
+            link.when_copied(known)
+        if not links:
+            then()
 
     def is_near(self, link: ConnectorLink) -> bool:
         """Whether a connector would die with this router's host, and there is one that would not."""
@@ -247,17 +271,20 @@ class Copies:
             if now - looked > LOOK + LATE:
                 awake = now  # it was this router that stood still
             looked = now
-            self._replaced = {id_: times for id_, times in self._replaced.items() if _waits(sessions.get(id_))}
+            self._replaced = {
+                id_: (times, last) for id_, (times, last) in self._replaced.items() if _waits(sessions.get(id_), last)
+            }
             for session in sessions:
                 if session.holder is not None and self._is_silent(session, session.holder, now, awake):
-                    self._replaced[session.id] = self._replaced.get(session.id, 0) + 1
+                    times, _ = self._replaced.get(session.id, _NEVER)
                     self._replace(session, session.holder)
+                    self._replaced[session.id] = times + 1, time.monotonic()
                 elif session.resume_seconds:
                     self.cover(session)
 
     def _is_silent(self, session: Session, holder: ConnectorLink, now: float, awake: float) -> bool:
         waited = now - max(awake, session.uncopied[0][0]) if session.uncopied else 0.0
-        patience = SILENT * 2 ** self._replaced.get(session.id, 0)
+        patience = SILENT * 2 ** self._replaced.get(session.id, _NEVER)[0]
         return waited > patience and (waited > ALONE or bool(self._candidates(session, holder)))
 
     # --- what goes into them ---
@@ -289,12 +316,13 @@ def _key(session: Session) -> object:
     )  # fmt: skip
 
 
-def _waits(session: Session | None) -> bool:
-    return session is not None and bool(session.uncopied)
+def _waits(session: Session | None, last: float) -> bool:
+    """Whether something still waits that did when the session's holder was replaced."""
+    return session is not None and bool(session.uncopied) and session.uncopied[0][0] <= last
 
 
 def _nothing() -> None: ...
 
 
-async def _yes(_session: Session) -> bool:
+async def _yes(*_: object) -> bool:
     return True

@@ -110,7 +110,8 @@ class Deliveries:
         id_ = self.kept_as(envelope, session.jid.bare)
         name = envelope.origin, envelope.number
         if id_ is not None and not any(
-            what == id_ if isinstance(what, bytes) else (what.origin, what.number) == name for what in _given(session)
+            what == id_ if isinstance(what, bytes) else (what.origin, what.number) == name
+            for what in chain(_given(session), session.frozen or ())
         ):
             self.on_again(session, id_)
 

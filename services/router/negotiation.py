@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.router.adoption import tell
 from services.router.authentication import Authentication, Exchange, Success
+from services.router.binding import TOLD_TIMEOUT
 from services.router.hand_over import MAX_MOVES
 from services.router.sessions import Session, Sessions, new_id
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -46,8 +47,6 @@ BIND = f"{{{ns.BIND}}}bind"
 
 # Sessions of one account at one time: stops a stolen or broken client from filling memory by binding on.
 MAX_SESSIONS_PER_ACCOUNT = 100
-# Seconds for who saw a session available to be told of its end, before the next one of its full JID is bound.
-TOLD_TIMEOUT = 1.0
 
 _SPENT = StreamOpened()
 
@@ -385,9 +384,9 @@ class Negotiator:
                 return
             await self.routing.endings.tell(session, session.presence is not None)
         finally:
-            del self.ending[session.id]
-            if self.ending.get(session.jid_text) is told:
-                del self.ending[session.jid_text]
+            for what in (session.id, session.jid_text):
+                if self.ending.get(what) is told:
+                    del self.ending[what]
             told.set()
 
     async def ended(self, what: str) -> bool:

@@ -25,7 +25,7 @@ class Passing:
 
     def when_passed(self, session: Session, then: Callable[[bool], None]) -> None:
         """Calls `then` when a session has been given what came for it till now, and its copies have that, with
-        whether that is sure (`when_all_have_it`); or when it is here no longer: then that has gone where the
+        whether there are any (`when_all_have_it`); or when it is here no longer: then that has gone where the
         session has."""
         if (waiting := self._waiting.get(session.id)) is not None:
             waiting.append(then)

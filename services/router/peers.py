@@ -55,9 +55,9 @@ class Peers:
         """Raises Failed."""
         return await _answer(lambda: self._stub(node).AdoptSession(request, timeout=ADOPT_TIMEOUT))
 
-    async def end(self, node: Node, request: EndSessionRequest) -> None:
+    async def end(self, node: Node, request: EndSessionRequest, seconds: float = END_TIMEOUT) -> None:
         """Raises Failed."""
-        await _answer(lambda: self._stub(node).EndSession(request, timeout=END_TIMEOUT))
+        await _answer(lambda: self._stub(node).EndSession(request, timeout=seconds))
 
     async def answers(self, node: Node, seconds: float) -> bool:
         """Whether a router says anything at all in time."""

@@ -154,10 +154,13 @@ class Resumption:
             # One that comes here may go on to another router at once, before it is found.
             while (session := await self._found(stream, id_)) is None:
                 router = await self._elsewhere(stream, id_, ends)
-                if router and self.send_on(stream, router, request):
+                if (router and self.send_on(stream, router, request)) or not stream.link.has(stream):
                     return
-                if router or asyncio.get_running_loop().time() > ends:
+                if asyncio.get_running_loop().time() > ends:
                     raise StanzaError("item-not-found")
+                if router:
+                    # The stream has come far enough. The session may be on its way here, or to a router that is seen.
+                    await asyncio.sleep(LOOK)
             if stream.link.has(stream):
                 self._go_on(stream, session, h)
         except StreamError as error:
@@ -167,6 +170,9 @@ class Resumption:
             self._refuse(stream, "resource-constraint", "")
         except StanzaError as error:
             self._refuse(stream, error.condition, id_ if error.condition == "item-not-found" else "")
+        except Exception:
+            log.exception("resumption_failed", account=str(stream.account))
+            self._refuse(stream, "internal-server-error", "")
 
     def _refuse(self, stream: Negotiation, condition: str, id_: str) -> None:
         """5: the client may bind now, as if nothing had been."""
@@ -265,8 +271,7 @@ class Resumption:
                 link.deliver(session, what, number)
         if session.outbound.queue:
             self._acknowledgements.ask(session)
-        if session.old_copies:
-            self.outdate(session)
+        self.outdate(session)
         self.resumed += 1
         log.debug("session_resumed", session=session.id, account=session.account)
         self.attached(session)

@@ -175,7 +175,7 @@ class Safety:
 
         `waiter`: who waits until it is safe, if that is not the session that has sent it. `copied`: the receiver's
         copy gets it now, and `passes`: now or soon; where that makes it safe, what is returned is to be called then,
-        with whether nobody has an older copy.
+        with whether there is a copy (`when_all_have_it`).
         """
         if not self.waits and self._rules.idle:
             return None
@@ -196,7 +196,7 @@ class Safety:
         if message is None:
             # What is stored for nobody must not be lost either with the router of a session that goes on.
             settle = waiter.settle
-            return lambda _surely: settle()
+            return lambda _copied: settle()
         by_either = _Either(waiter)
         self._messages.write(message, partial(self._written, message=message, waiter=by_either))
         return by_either.copied
@@ -359,8 +359,8 @@ class _Either:
         if waiter is not None:
             waiter.settle()
 
-    def copied(self, surely: bool) -> None:
-        if surely:
+    def copied(self, copied: bool) -> None:
+        if copied:
             self.settle()
 
 

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
@@ -43,7 +43,7 @@ class Session:
         "epoch", "fresh", "frozen", "held", "holder", "holding", "holds", "id", "inbound", "interested", "jid",
         "jid_text", "lane", "lang", "left", "link", "marked", "moving", "notes", "old_copies", "outbound", "pinged",
         "presence", "priority", "resume_seconds", "seen_available", "settling", "since", "stream", "taken",
-        "uncopied", "unmarked", "waits", "withheld",
+        "uncopied", "unmarked", "unsure", "waits", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +69,8 @@ class Session:
         # Connectors that may have an older copy, under the epoch that still counts: if this router has been put out
         # and does not know yet, they bring that one to another router.
         self.old_copies: frozenset[ConnectorLink] = frozenset()
+        # Who waits until there are none (`when_all_have_it`).
+        self.unsure: list[Callable[[bool], None]] = []
         # Up to which delivery it has confirmed, and that is written, as far as it needs to be.
         self.marked = 0
         # Messages that it has confirmed, and of which that is not known to be written: the delivery with which they
@@ -130,6 +132,14 @@ class Session:
         self.doubtful = True
         self.notes[DOUBTFUL] = b"1"
 
+    def are_forgotten(self, links: Collection[ConnectorLink]) -> None:
+        """Of these connectors the older copies count no more."""
+        self.old_copies = self.old_copies.difference(links)
+        if not self.old_copies:
+            unsure, self.unsure = self.unsure, []
+            for then in unsure:
+                when_all_have_it(self, then)
+
     def changed(self) -> None:
         """Its copies, if there are any, are to follow."""
         holder, link = self.holder, self.link
@@ -148,13 +158,14 @@ def when_copied(session: Session, holder: ConnectorLink, then: Callable[[], None
 
 
 def when_all_have_it(session: Session, then: Callable[[bool], None]) -> None:
-    """Calls `then` when all that have a copy of a session have what was given to it last, or are gone; with whether
-    the session would go on with that for sure, should this router be gone: nobody has an older copy."""
+    """Calls `then` when all that have a copy of a session have what was given to it last, or are gone, and nobody has
+    an older one; or when the session is here no longer. With whether there is one, here: then the session goes on
+    with that, should this router be gone."""
     holder, link = session.holder, session.link
     if holder is None:
         then(False)
         return
-    done = partial(_tell_whether_surely, session, then)
+    done = partial(_all_have_it, session, then)
     if link is None or link is holder or link.local:
         holder.when_copied(done)
     else:
@@ -162,8 +173,11 @@ def when_all_have_it(session: Session, then: Callable[[bool], None]) -> None:
         when_copied(session, holder, partial(link.when_copied, done))
 
 
-def _tell_whether_surely(session: Session, then: Callable[[bool], None]) -> None:
-    then(session.holder is not None and not session.old_copies)
+def _all_have_it(session: Session, then: Callable[[bool], None]) -> None:
+    if session.old_copies:
+        session.unsure.append(then)
+    else:
+        then(session.holder is not None)
 
 
 def _copied(session: Session, holding: object) -> None:
@@ -231,6 +245,9 @@ class Sessions:
         if self._by_id.get(session.id) is not session:
             return False
         del self._by_id[session.id]
+        unsure, session.unsure = session.unsure, []
+        for then in unsure:
+            then(False)
         sessions = self._by_account[session.account]
         del sessions[session.jid.resource]
         if not sessions:

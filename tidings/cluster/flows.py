@@ -67,8 +67,9 @@ class Item:
     seen: int = 0
     # Said by who deals with it, when it came from another router: whether somebody took it, and an answer.
     taken: bool = True
-    # Copies of it are under way: it is dealt with when they are answered.
-    copied: bool = False
+    # Its copies that are under way: it is dealt with when they are answered. And the routers that have taken one.
+    copies: Group | None = None
+    takers: tuple[str, ...] = ()
     content: bytes = b""
     # Tells its source; None when it came from this router.
     answer: Callable[[Item], None] | None = None
@@ -128,6 +129,7 @@ class Group:
     def __init__(self, left: int, certain: bool, taken: bool, done: Callable[[Group], None]) -> None:
         self.left = left
         self.certain = certain
+        # By whoever has them sent.
         self.taken = taken
         # A router that got one has died: its sessions are another one's by now, or will be.
         self.lost = False

@@ -132,7 +132,6 @@ class Forwarder:
         """
         flow = self._open(item.flow)
         flow.plan = plan
-        item.copied = True
 
         def first() -> None:
             # Somebody has it, so the next one may go: a router that hangs does not hold up those that answer.
@@ -140,20 +139,20 @@ class Forwarder:
             self._settle(flow)
 
         def done(group: Group) -> None:
-            item.copied = False
-            if not group.taken:
+            item.copies = None
+            if not group.taken and not item.takers:
                 item.missed += 1
                 flow.returned.append(item)
             elif group.lost and item.waiter is not None:
-                # Others have it, and know it by its number; the sessions of the one that has died go on elsewhere,
-                # and get it before what comes behind it.
+                # Others know it by its number; the sessions of the one that has died go on elsewhere, and get it
+                # before what comes behind it.
                 item.again = True
                 flow.returned.append(item)
             else:
                 self._finished(item)
             self._settle(flow)
 
-        group = Group(len(plan.nodes), plan.certain, taken, done)
+        item.copies = group = Group(len(plan.nodes), plan.certain, taken, done)
         if not plan.certain and not taken:
             flow.busy += 1
             group.first = first
@@ -194,7 +193,7 @@ class Forwarder:
         """The receiver has dealt with it."""
         group = sent.group
         if group is not None:
-            group.taken = True
+            sent.item.takers += (sent.node,)
             group.contents.append(content)
             _release(group)
         else:
@@ -207,12 +206,16 @@ class Forwarder:
         flows: dict[int, Flow] = {}
         for sent in taken:
             item = sent.item
+            item.missed = 0
+            item.takers = tuple(node for node in item.takers if node != sent.node)
             if item.waiter is not None:
-                continue  # it is under way again already
+                if item.copies is not None:
+                    item.copies.lost = True
+                continue  # others are still asked, or it is under way again already
             assert sent.waiter is not None
             sent.waiter.expect()
             item.waiter = sent.waiter
-            item.missed, item.again = 0, True
+            item.again = True
             item.source = ""  # who sent it here was told that it was taken: it is ours
             flow = self._open(item.flow)
             flow.returned.append(item)
@@ -230,14 +233,15 @@ class Forwarder:
     def lost(self, sent: Sent) -> None:
         """The receiver is no more. Whether it had dealt with it cannot be known; it is sent another way."""
         if sent.group is not None:
-            sent.group.lost = True
+            # A full JID has one session: who takes what is for it has had that.
+            sent.group.lost = sent.group.lost or not sent.item.resource
             sent.item.missed = 0  # it has not been missed: who has its sessions next is asked for anew
         self._returned(sent, 0)
 
     def dropped(self, sent: Sent) -> None:
         """The link could not take it, and it can't wait: its sender gets an error."""
         group = sent.group
-        if sent.flow is not None and not (group is not None and group.taken):
+        if sent.flow is not None and not (group is not None and (group.taken or sent.item.takers)):
             self._port.overflowed(sent.item)
             if group is None:
                 _settled(sent.item)
@@ -419,7 +423,7 @@ class Forwarder:
     def _done(self, item: Item) -> None:
         """An item that came from another router has been dealt with, unless copies of it are still under way: who
         sent it keeps it until they are answered, and so does not let anything overtake it."""
-        if item.copied:
+        if item.copies is not None:
             return
         if not item.taken and item.mode is Mode.SESSIONS:
             self._refuse(item)

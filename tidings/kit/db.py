@@ -342,8 +342,8 @@ def _write_ahead(cursor: Any) -> None:
         try:
             cursor.execute("pragma journal_mode = wal")
             return
-        except sqlite3.OperationalError:
-            if time.monotonic() > ends:
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > ends:
                 raise
             time.sleep(LOOK)
 

@@ -187,6 +187,13 @@ class Member:
         if self._joined:
             await self._beat_once()
 
+    async def is_in(self) -> bool:
+        """Whether the cluster has this node, asked now: a registry takes a beat of it. Also False when none can."""
+        asked = self._clock()
+        if self._joined:
+            await self._beat_once()
+        return self._joined and self._written >= asked
+
     def reaches(self, node: Node) -> None:
         """A link to a node has come about."""
         self._unreachable.discard(node.incarnation)

@@ -322,3 +322,49 @@ def test_what_waited_behind_a_stanza_that_is_refused_is_refused_too() -> None:
     assert answers[2:] == [(3, False)]
     incoming(4, 3)
     assert answers[3:] == [(4, True)], "its sender knows"
+
+
+@pytest.mark.parametrize("to", ["", "balcony"], ids=["account", "full JID"])
+def test_a_router_that_dies_behind_its_answer_is_seen_before_the_last_one_has_answered(to: str) -> None:
+    """What it has taken is gone with it, though others are still asked."""
+    forwarder, port = forwarding(Plan(nodes=("a", "b")))
+    first = item(1)
+    first.resource = to
+    first.waiter = Waits()
+    forwarder.run(first)
+    sent = next(sent for node, _, sent in port.sent if node == "a")
+    port.answers("a", 1, taken=True)
+    forwarder._strategy.plan = HERE  # type: ignore[attr-defined]
+    forwarder.again([sent])
+    assert port.decided == [1]
+    port.answers("b", 1, taken=False)
+    assert port.decided == [1, 1], "nobody alive has it"
+    assert first.missed == 1
+
+
+def test_it_is_known_who_of_the_living_has_what_comes_back() -> None:
+    forwarder, port = forwarding(Plan(nodes=("a", "b")))
+    first = item(1)
+    waiter = first.waiter = Waits()
+    forwarder.run(first)
+    sent = next(sent for node, _, sent in port.sent if node == "a")
+    port.answers("a", 1, taken=True)
+    port.answers("b", 1, taken=True)
+    assert first.waiter is None
+    sent.waiter = waiter
+    forwarder._strategy.plan = HERE  # type: ignore[attr-defined]
+    forwarder.again([sent])
+    assert first.takers == ("b",)
+    assert first.again
+
+
+def test_who_takes_what_is_for_a_full_jid_has_its_session_whoever_else_dies() -> None:
+    forwarder, port = forwarding(Plan(nodes=("a", "b")))
+    first = item(1)
+    first.resource = "balcony"
+    first.waiter = Waits()
+    forwarder.run(first)
+    forwarder.lost(next(sent for node, _, sent in port.sent if node == "b"))
+    port.answers("a", 1, taken=True)
+    assert port.decided == [1]
+    assert first.waiter is None

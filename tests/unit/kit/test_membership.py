@@ -178,6 +178,21 @@ async def test_who_was_put_out_is_told_once(registry: Registry, tasks: Tasks) ->
     await asyncio.wait_for(told.wait(), 5)
 
 
+async def test_who_asks_whether_it_is_still_in_is_told_by_a_beat(registry: Registry, tasks: Tasks) -> None:
+    told: list[Expelled] = []
+    first = member(registry, tasks, expelled=lambda _why, how: told.append(how))
+    assert not await first.is_in(), "it has not joined"
+    await first.join(5)
+    assert await first.is_in()
+    registry.store.away = True
+    assert not await first.is_in(), "nobody knows"
+    assert told == []
+    registry.store.away = False
+    await registry.store.leave("n1", "i1")
+    assert not await first.is_in()
+    assert told == [Expelled.PUT_OUT]
+
+
 async def test_without_any_registry_there_is_nothing_to_join(registry: Registry, tasks: Tasks) -> None:
     registry.channels = []
     with pytest.raises(Refused, match="--registry"):

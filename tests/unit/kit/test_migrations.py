@@ -136,12 +136,18 @@ def test_who_opens_a_new_file_together_with_others_tries_until_it_can() -> None:
 
     class Cursor:
         refused = 2
+        code = sqlite3.SQLITE_BUSY
 
         def execute(self, _statement: str) -> None:
             if self.refused:
                 self.refused -= 1
-                raise sqlite3.OperationalError("database is locked")
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = self.code
+                raise error
 
     cursor = Cursor()
     db._write_ahead(cursor)
     assert not cursor.refused
+    cursor.refused, cursor.code = 1, sqlite3.SQLITE_CANTOPEN
+    with pytest.raises(sqlite3.OperationalError):
+        db._write_ahead(cursor)

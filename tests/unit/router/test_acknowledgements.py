@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -269,6 +270,20 @@ async def test_a_message_that_comes_again_when_it_was_confirmed_waits_for_nobody
         await until(lambda: not store_of(router).waiting_bytes)
         assert await router.stores.messages.pending_count(JULIET) == waits
     assert len(router.link.of(juliet)) == 1
+
+
+async def test_a_message_that_comes_again_while_its_session_moves_was_not_confirmed(router: MemoryRouter) -> None:
+    """It waits for the session with what it gets meanwhile; if the client leaves, it is lost unless it is stored."""
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    nonza(router, juliet, ENABLE, resume="true")
+    juliet.frozen = deque()
+    sent = message("1", juliet.jid_text)
+    await router.send(romeo, sent)
+    again = Envelope.FromString(sent.SerializeToString())
+    await until(lambda: not store_of(router).waiting_bytes)
+    assert router.routing.route(again) is None
+    await until(lambda: not store_of(router).waiting_bytes)
+    assert await router.stores.messages.pending_count(JULIET) == 1
 
 
 async def test_who_is_about_to_be_sent_away_gets_a_moment_to_confirm_what_it_got(router: MemoryRouter) -> None:

@@ -47,6 +47,9 @@ class Link:
     def when_copied(self, then: Callable[[], None]) -> None:
         self._waiting.append(then)
 
+    def tell_progress(self) -> None:
+        """What it is told is of no matter here: `when_copied` stands for it."""
+
     def confirm(self) -> None:
         while self._waiting:
             self._waiting.popleft()()
@@ -231,8 +234,51 @@ async def test_who_is_to_forget_a_copy_has_an_older_one_until_it_says_so_or_the_
     if ends:
         before.end()
         await soon(lambda: bool(house.raised), "its copy counts no more")
+        assert session.old_copies == {before}, "who has the good one does not know yet"
+        after.confirm()
+        house.here.confirm()
         assert session.old_copies == (set() if raised else {before})
     else:
         before.confirm()
         assert session.old_copies == set()
         assert house.raised == []
+
+
+async def test_an_old_copy_is_seen_to_when_a_move_of_the_session_is_off(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "LOOK", 0.0)
+    asked: list[bool] = []
+
+    async def is_in() -> bool:
+        asked.append(True)
+        return len(asked) > 3
+
+    house.copies.is_in = is_in
+    session = house.session(house.here)
+    before, after = house.others(session)
+    session.moving = True
+    before.handling = None
+    house.copies.served(session, after)  # type: ignore[arg-type]
+    await soon(lambda: len(asked) > 3, "it is asked until it is known")
+    await asyncio.sleep(0)
+    assert house.raised == []
+    session.moving = False
+    await soon(lambda: house.raised == [session], "its copy counts no more")
+
+
+async def test_who_has_a_copy_of_a_broken_stream_is_seen_to_when_another_one_has_the_good_copy(house: House) -> None:
+    """Else what is stored nowhere would wait for its client to come back."""
+    session = house.session(house.here)
+    ended = house.here
+    session.old_copies, session.link, session.holder = frozenset((ended,)), None, None  # type: ignore[arg-type]
+    ended.end()
+    house.present.remove(ended)
+    house.copies.cover(session)
+    await asyncio.sleep(0)
+    assert house.raised == [], "that one may still be the only one"
+    assert session.holder is not None
+    session.holder.confirm()  # type: ignore[attr-defined]
+    await soon(lambda: house.raised == [session], "its copy counts no more")
+    session.holder.confirm()  # type: ignore[attr-defined]
+    assert session.old_copies == set()

@@ -18,6 +18,10 @@ from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.module import IQ, MESSAGE, PRESENCE
 from tidings.xmpp.jid import Jid
 
+# Messages of each sender before its last ones: three may send as many to one who confirms nothing, and may get a
+# thousand before what comes then has to be read back (deliveries.WINDOW).
+MOST = 300
+
 
 class Talk:
     """Senders that write numbers to one receiver without waiting for it, to its full and its bare JID in turn."""
@@ -29,6 +33,7 @@ class Talk:
         self._over = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.sent = 0
+        self._most = MOST
 
     async def begin(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -36,15 +41,16 @@ class Talk:
 
     async def _run(self) -> None:
         while not self._over.is_set():
-            self.sent += 1
-            for index, sender in enumerate(self._senders):
-                sender.say(self._to[self.sent // 3 % 2], index * 100_000 + self.sent)
+            if self.sent < self._most:
+                self.sent += 1
+                for index, sender in enumerate(self._senders):
+                    sender.say(self._to[self.sent // 3 % 2], index * 100_000 + self.sent)
             await asyncio.sleep(0.002)
 
     async def end(self) -> None:
         """Goes on for a while; then every number has come once, and each sender's in order."""
         assert self._task is not None
-        more = self.sent + 10
+        more = self._most = self.sent + 10
         await soon(lambda: self.sent >= more, "the talk goes on")
         self._over.set()
         await self._task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,6 +171,48 @@ async def test_a_session_that_goes_on_to_another_router_while_it_is_found_is_res
     monkeypatch.setattr(attached.resumption, "_dealt_with_again", goes_on)
     await resume(attached, romeo, 0)
     assert (sent_on, answer(attached)) == (["r2"], b"")
+
+
+async def test_a_stream_that_has_come_far_enough_waits_for_a_session_that_is_on_its_way_to_it(
+    attached: Attached,
+) -> None:
+    """Drills, seed 31: the session went home while its stream was sent from router to router, as often as it may."""
+    romeo = await resumable(attached, "romeo")
+    break_off(attached, romeo)
+    attached.router.sessions.remove(romeo)
+    row = SessionRow(romeo.jid, romeo.id, romeo.epoch, attached.router.own)
+    assert await attached.router.stores.table.move(row, "r2")
+    asked: list[str] = []
+
+    def too_far(_stream: Negotiation, router: str, _request: Envelope) -> bool:
+        asked.append(router)
+        return False
+
+    attached.resumption.send_on = too_far
+    resuming = asyncio.ensure_future(resume(attached, romeo, 0))
+    await until(lambda: asked == ["r2"])
+    assert await attached.router.stores.table.move(
+        replace(row, epoch=row.epoch + 1, router="r2"), attached.router.own
+    )
+    attached.router.sessions.add(romeo)
+    await resuming
+    assert b"<resumed" in answer(attached)
+
+
+async def test_a_stream_for_which_its_session_cannot_be_found_by_a_fault_of_ours_is_told_so(
+    attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its client has sent behind the request waits for the answer."""
+    romeo = await resumable(attached, "romeo")
+    break_off(attached, romeo)
+
+    async def fails(_session: Session) -> None:
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(attached.resumption, "_dealt_with_again", fails)
+    await resume(attached, romeo, 0)
+    assert b"<failed" in answer(attached)
+    assert b"internal-server-error" in answer(attached)
 
 
 async def test_a_surrendered_session_whose_stream_is_elsewhere_takes_no_other_stream_along(
