@@ -43,7 +43,7 @@ TEST = {
         [PLAYS, "--nodes=3", "--strategy=broadcast", "-k", "starttls"],
         [PLAYS, "--nodes=3", "--strategy=online-users", "--way=processes", "-k", "starttls"],
     ],
-    "cluster": [["tests/cluster", "-m", "not whole"]],
+    "cluster": [["tests/cluster", "-m", "not whole", "--durations=12"]],
     "drills": [[DRILLS], [PLANTED]],
     "packaging and benchmarks": [["tests/packaging", "tests/bench"]],
 }

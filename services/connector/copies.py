@@ -104,8 +104,11 @@ class Copies:
 
     def of_gone_stream(self, link: RouterLink, command: StreamCommand) -> None:
         """A session began, or went on, with a stream that has ended meanwhile: its router will hear of that, and
-        takes the copy for kept here."""
+        takes the copy for kept here, and for told what is said of the session."""
         which = command.WhichOneof("command")
+        if which == "state":
+            self.command(link, command)
+            return
         begun = getattr(command, which) if which in ("session_bound", "attached") else None
         if begun is not None and begun.HasField("record"):
             copy = SessionCopy.of(link.node.incarnation, begun)

@@ -207,7 +207,6 @@ class AccountDelivery:
 
         `had`: ids of the sessions that were here when it was given to those.
         """
-        taken = taken or bool(item.takers)
         try:
             nodes = await self._where(item)
         except DatabaseAway:
@@ -220,7 +219,7 @@ class AccountDelivery:
         elsewhere = tuple(sorted(nodes & self.others))
         if elsewhere:
             self._forwarder.copies(item, Plan(nodes=elsewhere, certain=False), taken)
-        elif not taken:
+        elif not taken and not item.takers:
             await self._ask_table(item)
 
     def _ids_here(self, account: str) -> set[str]:

@@ -70,6 +70,8 @@ class Binding:
         self._seen: dict[str, tuple[Jid, int, bool]] = {}
         # And of directed presence: by session, the receivers of which that has changed; None: all is written anew.
         self._directed: dict[str, tuple[Session, set[str] | None]] = {}
+        # By session: what is set when its epoch has been raised.
+        self._raised: dict[str, set[asyncio.Event]] = {}
         # Sessions whose rows come or go just now.
         self._unsettled: set[str] = set()
 
@@ -154,6 +156,17 @@ class Binding:
     async def keep(self, session: Session) -> bool:
         """Raises the epoch of a session, so that a router which was asked to adopt it can't any more; False when its
         row is not this router's. May be repeated, and called by several at one time. Raises DatabaseAway."""
+        raised = asyncio.Event()
+        self._raised.setdefault(session.id, set()).add(raised)
+        try:
+            return await self._keep(session)
+        finally:
+            raised.set()
+            self._raised[session.id].discard(raised)
+            if not self._raised[session.id]:
+                del self._raised[session.id]
+
+    async def _keep(self, session: Session) -> bool:
         epoch = 0
         while epoch != session.epoch:  # another call has raised it meanwhile
             epoch = session.epoch
@@ -205,6 +218,8 @@ class Binding:
         if self._is_put_out():
             return False
         self._unsettled.add(session.id)
+        for raised in list(self._raised.get(session.id, ())):
+            await raised.wait()  # the row has the next epoch then
         try:
             removed = await self._table.end(session.jid, session.id, session.epoch)
         except DatabaseAway:

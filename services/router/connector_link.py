@@ -237,15 +237,14 @@ class ConnectorLink:
         if self.expires is not None:
             self.expires.cancel()
         copies, held, self._held = self._negotiator.copies, self._held, {}
-        for session in held.values():
-            _not_held_by(session, self)
-            copies.outdate(session)
-            copies.cover(session)
         streams, self._streams = self._streams, {}
+        served = [stream.session for stream in streams.values() if stream.session is not None]
+        for session in (*held.values(), *served):
+            _not_held_by(session, self)
         for stream in streams.values():
-            if stream.session is not None:
-                _not_held_by(stream.session, self)
             self._end(stream, False)
+        for session in (*held.values(), *served):
+            copies.lost(session)
 
     def _end(self, stream: Negotiation, clean: bool) -> None:
         session = stream.session

@@ -44,6 +44,8 @@ SILENT = 1.0
 ALONE = 3.0
 # Seconds for a connector to say that it has forgotten a copy.
 FORGET_TIMEOUT = 1.0
+# Epochs that are raised at one time: stops the end of a connector with many sessions from filling the database
+RAISED_AT_ONCE = 32
 # Seconds between two looks at what is confirmed and written.
 MARKED = 0.05
 _NEVER = (0, 0.0)
@@ -78,6 +80,7 @@ class Copies:
         # Sessions whose epochs are to be raised when that is known; and whether it is being asked.
         self._outdated: set[Session] = set()
         self._asking = False
+        self._raising = asyncio.Semaphore(RAISED_AT_ONCE)
 
     # --- what clients have confirmed ---
 
@@ -147,6 +150,16 @@ class Copies:
                 then()
             else:
                 when_copied(session, holder, then)
+        session.look_again()
+
+    def lost(self, session: Session) -> None:
+        """The link of a connector that had a copy has ended, and the session has no stream there, or no longer. While
+        nobody has a better copy that one still counts."""
+        self.cover(session)
+        if session.holder is None:
+            self._go_on(session)
+        else:
+            session.holder.when_copied(partial(self.outdate, session))
 
     def cover(self, session: Session, silent: ConnectorLink | None = None) -> None:
         """Has another connector hold the copy of a session that may be resumed and has no second holder, or none on
@@ -206,7 +219,7 @@ class Copies:
     def outdate(self, session: Session) -> None:
         """Somebody may have an old copy: its epoch is to count no more. That needs the cluster to have this router
         still: else the good copies, which other routers are just given, would count no more either."""
-        if session.old_copies and self.is_here(session):
+        if session.old_copies and self.is_here(session) and not session.closed:
             self._outdated.add(session)
             if not self._asking:
                 self._asking = True
@@ -226,13 +239,16 @@ class Copies:
     async def _raise_epoch(self, session: Session) -> None:
         # A router that ends has closed its database.
         with suppress(AssertionError):
-            while self.is_here(session) and (old := session.old_copies):
-                if not session.moving:  # else it goes with a higher one
+            async with self._raising:
+                old = session.old_copies
+                # One that is frozen goes to another router, with a higher one, or stays.
+                if session.frozen is None:
                     with suppress(DatabaseAway):
-                        if await self.keep(session):
+                        if self.is_here(session) and await self.keep(session):
                             self._when_known(session, partial(session.are_forgotten, old))
                         return
-                await asyncio.sleep(LOOK)
+            await asyncio.sleep(LOOK)
+            self.outdate(session)
 
     @staticmethod
     def _when_known(session: Session, then: Callable[[], None]) -> None:

@@ -37,6 +37,7 @@ AGAIN = 1.0
 SILENCE = 2.0
 TAKE_OVER_TIMEOUT = 8.0
 LOOK = 0.05
+PAUSE = 0.5
 # Seconds for the database to say whether a session is still this router's.
 ASK_TIMEOUT = 1.0
 # Sessions that are over whose clients may still ask how much was handled (5: `h` in <failed/>).
@@ -160,7 +161,7 @@ class Resumption:
                     raise StanzaError("item-not-found")
                 if router:
                     # The stream has come far enough. The session may be on its way here, or to a router that is seen.
-                    await asyncio.sleep(LOOK)
+                    await asyncio.sleep(PAUSE)
             if stream.link.has(stream):
                 self._go_on(stream, session, h)
         except StreamError as error:
@@ -253,7 +254,7 @@ class Resumption:
     def _go_on(self, stream: Negotiation, session: Session, h: int) -> None:
         """5: what the client has not confirmed is sent again, behind <resumed/>. Raises TooHigh."""
         self._safety.acknowledged(session, session.outbound.acknowledge(h))
-        before = session.link
+        before, old_copies = session.link, session.old_copies
         if before is not None:
             # Its end first: what the connector is to forget then is the copy that it keeps of a broken stream.
             before.close(session.stream, "conflict", "resumed by another connection")
@@ -271,7 +272,8 @@ class Resumption:
                 link.deliver(session, what, number)
         if session.outbound.queue:
             self._acknowledgements.ask(session)
-        self.outdate(session)
+        if old_copies:
+            self.outdate(session)
         self.resumed += 1
         log.debug("session_resumed", session=session.id, account=session.account)
         self.attached(session)

@@ -136,9 +136,13 @@ class Session:
         """Of these connectors the older copies count no more."""
         self.old_copies = self.old_copies.difference(links)
         if not self.old_copies:
-            unsure, self.unsure = self.unsure, []
-            for then in unsure:
-                when_all_have_it(self, then)
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Who waits until nobody has an older copy may go on, or waits for another holder from now on."""
+        unsure, self.unsure = self.unsure, []
+        for then in unsure:
+            when_all_have_it(self, then)
 
     def changed(self) -> None:
         """Its copies, if there are any, are to follow."""
@@ -174,7 +178,7 @@ def when_all_have_it(session: Session, then: Callable[[bool], None]) -> None:
 
 
 def _all_have_it(session: Session, then: Callable[[bool], None]) -> None:
-    if session.old_copies:
+    if session.old_copies and session.holder is not None:
         session.unsure.append(then)
     else:
         then(session.holder is not None)
@@ -245,6 +249,7 @@ class Sessions:
         if self._by_id.get(session.id) is not session:
             return False
         del self._by_id[session.id]
+        session.old_copies = frozenset()
         unsure, session.unsure = session.unsure, []
         for then in unsure:
             then(False)

@@ -188,11 +188,12 @@ class Member:
             await self._beat_once()
 
     async def is_in(self) -> bool:
-        """Whether the cluster has this node, asked now: a registry takes a beat of it. Also False when none can."""
+        """Whether the cluster has this node, asked now: a registry takes a beat of it. Also False when none can, or
+        when that has taken so long that it may be different by now."""
         asked = self._clock()
         if self._joined:
             await self._beat_once()
-        return self._joined and self._written >= asked
+        return self._joined and self._written >= asked and self._clock() - asked < self._lease / 2
 
     def reaches(self, node: Node) -> None:
         """A link to a node has come about."""

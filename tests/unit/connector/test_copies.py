@@ -86,6 +86,17 @@ async def test_the_copy_of_a_session_whose_stream_breaks_as_it_begins_is_kept(wh
     assert len(stream.streams.copies) == 1
 
 
+async def test_what_the_router_says_of_a_session_whose_stream_has_just_broken_is_in_the_copy_that_is_kept() -> None:
+    """It is confirmed with all else of its batch, and not said again: a higher epoch, for example."""
+    stream = resumable()
+    stream.stream.disconnected("connection reset")
+    state = SessionRecord(id="s", epoch=2, jid=RECORD.jid, resume_seconds=60)
+    stream.old.receive(AttachResponse(sequence=1, commands=[StreamCommand(stream=1, session="s", state=state)]))
+    copy = stream.streams.copies._copies["s"]
+    assert copy.record is not None
+    assert copy.record.epoch == 2
+
+
 async def test_there_is_no_copy_of_one_that_can_not_be_resumed() -> None:
     stream = Bound(bound=False)
     stream.stream.disconnected("connection reset")

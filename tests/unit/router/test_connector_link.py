@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from services.router.copies import Copies
 from services.router.negotiation import Negotiation, Negotiator
 from services.router.resumption import Resumption
 from services.router.routing_fields import verified
-from services.router.sessions import Session
+from services.router.sessions import Session, when_all_have_it
 from tests.unit.router.memory_router import HOST, MemoryRouter, iq, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import AttachRequest, AttachResponse, StreamEvent
@@ -231,6 +231,24 @@ async def test_when_a_link_ends_the_copies_at_its_other_end_are_older_ones(attac
     attached.resumption.stop()
 
 
+class OtherConnector:
+    """A connector that may hold copies: it has at once what it is sent."""
+
+    local, over = False, False
+    incarnation = "another connector"
+    handling: Any = object()
+
+    def hold(self, session: Session) -> None:
+        session.holder = self  # type: ignore[assignment]
+
+    def when_copied(self, then: Callable[[], None]) -> None:
+        then()
+
+    def tell_progress(self) -> None: ...
+
+    def forget(self, session: Session) -> None: ...
+
+
 @pytest.mark.parametrize("put_out", [False, True])
 async def test_a_router_whose_links_end_lets_copies_count_until_it_knows_that_it_was_not_put_out(
     attached: Attached, monkeypatch: pytest.MonkeyPatch, put_out: bool
@@ -261,12 +279,46 @@ async def test_a_router_whose_links_end_lets_copies_count_until_it_knows_that_it
     attached.link.unbound(held)
     assert held.id in attached.link._held
     attached.link.closed()
-    if not put_out:
-        await until(lambda: raised == [held])
-        assert held.old_copies == set()
-        assert streaming.old_copies == {attached.link}, "that is seen to when its client resumes"
+    settled: list[bool] = []
+    when_all_have_it(streaming, settled.append)
+    assert settled == [False], "nobody has a copy that it would have to wait for"
+    assert (asked, held.old_copies, streaming.old_copies) == ([], {attached.link}, {attached.link}), (
+        "while nobody has a better one these may still count"
+    )
+    other: Any = OtherConnector()
+    attached.negotiator.copies.links = lambda: [other]
+    for session in (held, streaming):
+        attached.negotiator.copies.cover(session)
+        when_all_have_it(session, settled.append)
+    assert settled == [False], "it waits"
     await until(lambda: len(asked) >= (10 if put_out else 1))
-    assert raised == ([] if put_out else [held])
+    if put_out:
+        assert raised == []
+    else:
+        await until(lambda: settled == [False, True, True])
+        assert set(raised) == {held, streaming}
+        assert (held.old_copies, streaming.old_copies) == (set(), set())
+    attached.resumption.stop()
+
+
+async def test_when_the_streams_connector_ends_its_copy_counts_no_more_though_another_one_has_the_good_copy(
+    attached: Attached,
+) -> None:
+    """Else what is stored nowhere would wait for its client to come back."""
+    raised: list[Session] = []
+
+    async def keep(session: Session) -> bool:
+        raised.append(session)
+        return True
+
+    attached.negotiator.copies.keep = keep
+    attached.link.local = False
+    _, session = await attached.bound("romeo")
+    session.resume_seconds = 60
+    session.holder = OtherConnector()  # type: ignore[assignment]
+    attached.link.closed()
+    await until(lambda: raised == [session])
+    assert session.old_copies == set()
     attached.resumption.stop()
 
 

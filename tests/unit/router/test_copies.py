@@ -257,13 +257,13 @@ async def test_an_old_copy_is_seen_to_when_a_move_of_the_session_is_off(
     house.copies.is_in = is_in
     session = house.session(house.here)
     before, after = house.others(session)
-    session.moving = True
+    session.frozen = deque()
     before.handling = None
     house.copies.served(session, after)  # type: ignore[arg-type]
     await soon(lambda: len(asked) > 3, "it is asked until it is known")
     await asyncio.sleep(0)
     assert house.raised == []
-    session.moving = False
+    session.frozen = None
     await soon(lambda: house.raised == [session], "its copy counts no more")
 
 

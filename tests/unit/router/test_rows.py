@@ -312,3 +312,23 @@ async def test_an_epoch_that_was_raised_twice_while_it_is_raised_is_no_other_rou
         go_on.set()
         assert await slow
         assert [row.epoch for row in await nodes.rows("juliet")] == [session.epoch]
+
+
+async def test_the_end_of_a_session_removes_its_row_also_when_its_epoch_is_just_being_raised(tmp_path: Path) -> None:
+    """Else its contacts see it there until the row is found, seconds later."""
+    async with running(tmp_path, "a") as nodes:
+        await nodes.up("a")
+        await nodes.client("juliet")
+        session, binding = nodes.session("a", "juliet"), nodes.routers["a"]._binding
+        assert session is not None
+        begun, told = session.epoch, nodes.late("a")
+        raising = asyncio.create_task(binding.keep(session))
+        async with asyncio.timeout(5):
+            while [row.epoch for row in await nodes.rows("juliet")] != [begun + 1]:
+                await asyncio.sleep(0.01)
+        ending = asyncio.create_task(binding.give_up(session))
+        await asyncio.sleep(0)
+        told.set()
+        assert await raising
+        assert await ending
+        assert await nodes.rows("juliet") == []

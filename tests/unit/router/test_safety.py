@@ -285,3 +285,18 @@ async def test_with_an_older_copy_about_a_message_is_safe_when_it_is_written(whe
     await router.end(juliet)
     assert romeo.inbound.h == 3
     await router.stop()
+
+
+async def test_what_waits_for_a_copy_of_a_session_that_ends_meanwhile_waits_no_longer() -> None:
+    router = MemoryRouter()
+    romeo, juliet = await router.session("romeo"), await router.session("juliet")
+    romeo.inbound.enable()
+    juliet.inbound.enable()
+    holder: Any = HolderElsewhere()
+    juliet.holder, juliet.old_copies = holder, frozenset((holder,))
+    await router.send(romeo, message("1", juliet.jid_text, "headline"))
+    router.sessions.remove(juliet)
+    assert romeo.inbound.h == 0
+    holder.answer()
+    assert romeo.inbound.h == 1
+    await router.stop()
