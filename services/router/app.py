@@ -156,7 +156,7 @@ class Router:
         safety.on_confirmed.append(copies.confirmed)
         routing.deliveries.is_far = lambda link: not copies.is_near(link)
         self._acknowledgements.cover = resumption.cover = copies.cover
-        resumption.outdate, copies.is_in = copies.outdate, self._member.is_in
+        resumption.outdate, copies.is_in = copies.outdate_behind, self._member.is_in
         self._reattachment = negotiator.reattachment = Reattachment(
             own, sessions, table, self._binding, routing, safety, self._acknowledgements, self._tickets,
             self._hand_over, self._adoption, hooks, tasks.spawn,

@@ -46,6 +46,8 @@ ALONE = 3.0
 FORGET_TIMEOUT = 1.0
 # Epochs that are raised at one time: stops the end of a connector with many sessions from filling the database
 RAISED_AT_ONCE = 32
+# Seconds for which it counts that the cluster has this router.
+KNOWN = 1.0
 # Seconds between two looks at what is confirmed and written.
 MARKED = 0.05
 _NEVER = (0, 0.0)
@@ -124,11 +126,11 @@ class Copies:
             when_copied(session, before, _nothing)
             return
         session.holder = None if link.local else link
-        self._go_on(session)
         if before is not None:
             self.let_go(session, before)
         if not suffices:
             self.cover(session, before)
+        self._go_on(session)
 
     def _replace(self, session: Session, silent: ConnectorLink) -> None:
         """The connector that holds the copy of a session says nothing: another one takes its place, and has all
@@ -159,7 +161,7 @@ class Copies:
         if session.holder is None:
             self._go_on(session)
         else:
-            session.holder.when_copied(partial(self.outdate, session))
+            self.outdate_behind(session, session.holder)
 
     def cover(self, session: Session, silent: ConnectorLink | None = None) -> None:
         """Has another connector hold the copy of a session that may be resumed and has no second holder, or none on
@@ -181,7 +183,7 @@ class Copies:
         if others:
             taker = links[rendezvous(session.id, others)]
             taker.hold(session)
-            taker.when_copied(partial(self.outdate, session))
+            self.outdate_behind(session, taker)
             self._go_on(session)
             if holder is not None and holder is not session.link:
                 self.let_go(session, holder)
@@ -216,6 +218,10 @@ class Copies:
         if not link.over:
             session.are_forgotten((link,))
 
+    def outdate_behind(self, session: Session, link: ConnectorLink) -> None:
+        """The same as `outdate`, when a connector has the good copy."""
+        link.when_copied(lambda: None if link.over else self.outdate(session))
+
     def outdate(self, session: Session) -> None:
         """Somebody may have an old copy: its epoch is to count no more. That needs the cluster to have this router
         still: else the good copies, which other routers are just given, would count no more either."""
@@ -231,18 +237,22 @@ class Copies:
                 sessions, self._outdated = self._outdated, set()
                 while not await self.is_in():  # noqa: ASYNC110 - it is asked anew
                     await asyncio.sleep(LOOK)
+                until = time.monotonic() + KNOWN
                 for session in sessions:
-                    self._spawn(self._raise_epoch(session), "the epoch of a session with an old copy")
+                    self._spawn(self._raise_epoch(session, until), "the epoch of a session with an old copy")
         finally:
             self._asking = False
 
-    async def _raise_epoch(self, session: Session) -> None:
+    async def _raise_epoch(self, session: Session, until: float) -> None:
+        """`until`: the monotonic time up to which it is known that the cluster has this router."""
         # A router that ends has closed its database.
         with suppress(AssertionError):
             async with self._raising:
                 old = session.old_copies
+                if not old or session.closed:
+                    return
                 # One that is frozen goes to another router, with a higher one, or stays.
-                if session.frozen is None:
+                if session.frozen is None and time.monotonic() < until:
                     with suppress(DatabaseAway):
                         if self.is_here(session) and await self.keep(session):
                             self._when_known(session, partial(session.are_forgotten, old))

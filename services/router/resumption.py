@@ -23,6 +23,7 @@ from tidings.xmpp.stream_management import TooHigh, count_of, failed, resumed
 
 if TYPE_CHECKING:
     from services.router.acknowledgements import Acknowledgements
+    from services.router.connector_link import ConnectorLink
     from services.router.hand_over import HandOver
     from services.router.negotiation import Negotiation
     from services.router.safety import Safety
@@ -78,8 +79,8 @@ class Resumption:
         self.send_on: Callable[[Negotiation, str, Envelope], bool] = lambda _stream, _router, _request: False
         # Sees to it that another connector holds a copy of a session.
         self.cover: Callable[[Session], None] = lambda _session: None
-        # Sees to it that older copies of a session count no more.
-        self.outdate: Callable[[Session], None] = lambda _session: None
+        # Sees to it that older copies of a session count no more, when a connector has the good one.
+        self.outdate: Callable[[Session, ConnectorLink], None] = lambda _session, _link: None
         # Whether a router answers within so many seconds; asks for the copy of a session.
         self.answers: Callable[[str, float], Awaitable[bool]] = _yes
         self.surrender: Callable[[str, str], None] = lambda _session, _router: None
@@ -273,7 +274,7 @@ class Resumption:
         if session.outbound.queue:
             self._acknowledgements.ask(session)
         if old_copies:
-            self.outdate(session)
+            self.outdate(session, link)
         self.resumed += 1
         log.debug("session_resumed", session=session.id, account=session.account)
         self.attached(session)

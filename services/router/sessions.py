@@ -170,8 +170,10 @@ def when_all_have_it(session: Session, then: Callable[[bool], None]) -> None:
         then(False)
         return
     done = partial(_all_have_it, session, then)
-    if link is None or link is holder or link.local:
+    if link is holder:
         holder.when_copied(done)
+    elif link is None or link.local:
+        when_copied(session, holder, done)
     else:
         # Two have one: the stream's connector gets it when the other one has it.
         when_copied(session, holder, partial(link.when_copied, done))
@@ -249,12 +251,12 @@ class Sessions:
         if self._by_id.get(session.id) is not session:
             return False
         del self._by_id[session.id]
-        session.old_copies = frozenset()
-        unsure, session.unsure = session.unsure, []
-        for then in unsure:
-            then(False)
         sessions = self._by_account[session.account]
         del sessions[session.jid.resource]
         if not sessions:
             del self._by_account[session.account]
+        session.old_copies = frozenset()
+        unsure, session.unsure = session.unsure, []
+        for then in unsure:
+            then(False)
         return True

@@ -13,7 +13,7 @@ import pytest
 from services.router import copies
 from services.router.copies import Copies
 from services.router.iq_deadlines import IqDeadlines
-from services.router.sessions import Session, Sessions, when_copied
+from services.router.sessions import Session, Sessions, when_all_have_it, when_copied
 from services.router.tickets import Tickets
 from tests.unit.router.nodes import soon
 from tidings.cluster.node import Node, NodeState
@@ -282,3 +282,58 @@ async def test_who_has_a_copy_of_a_broken_stream_is_seen_to_when_another_one_has
     await soon(lambda: house.raised == [session], "its copy counts no more")
     session.holder.confirm()  # type: ignore[attr-defined]
     assert session.old_copies == set()
+
+
+async def test_a_silent_holder_is_replaced_also_when_its_session_has_no_stream(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored nowhere is safe in that copy only."""
+    monkeypatch.setattr(copies, "LOOK", 0.01)
+    monkeypatch.setattr(copies, "SILENT", 0.1)
+    session = house.session(house.here)
+    silent, other = house.others(session)
+    session.link = None
+    safe: list[bool] = []
+    when_all_have_it(session, safe.append)
+    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
+    await soon(lambda: session.holder is other, "the other one holds it")
+    running.cancel()
+    silent.confirm()
+    assert safe == []
+    other.confirm()
+    assert safe == [True]
+
+
+@pytest.mark.parametrize("how", ["surrendered", "forgotten", "known too long ago"])
+async def test_no_epoch_is_raised_that_others_may_just_be_taking_a_session_over_with(
+    house: House, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Or that does not need it any more."""
+    monkeypatch.setattr(copies, "LOOK", 0.0)
+    asked: list[bool] = []
+
+    async def is_in() -> bool:
+        asked.append(True)
+        if how == "surrendered":
+            session.closed = True
+        elif how == "forgotten":
+            session.are_forgotten((before,))  # type: ignore[arg-type]
+        elif len(asked) == 1:
+            monkeypatch.setattr(copies, "KNOWN", -1.0)
+        return True
+
+    house.copies.is_in = is_in
+    session = house.session(house.here)
+    before, after = house.others(session)
+    before.handling = None
+    house.copies.served(session, after)  # type: ignore[arg-type]
+    if how == "known too long ago":
+        await soon(lambda: len(asked) > 2, "it is asked again")
+        assert house.raised == []
+        monkeypatch.setattr(copies, "KNOWN", 1.0)
+        await soon(lambda: house.raised == [session], "its copy counts no more")
+    else:
+        await soon(lambda: bool(asked) and not house.copies._asking, "it was asked")
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert house.raised == []
