@@ -227,10 +227,7 @@ def cluster_of(mariadb: MariaDB, tmp_path: Path, request: pytest.FixtureRequest)
 
     yield make
     for installation in made:
-        for process in installation.processes.values():
-            if process.poll() is None:
-                process.send_signal(18)  # one that a test has stopped can't end
-        installation.stop()
+        installation.end()
         if request.node.stash.get(FAILED, False):
             said = request.config.stash.setdefault(SAID, [])
             for name in installation.processes:

@@ -50,7 +50,7 @@ def cut(network: Network, tmp_path: Path) -> Iterator[Cluster]:
                 installation.wait_node(node)
             yield Cluster(installation, database)
         finally:
-            installation.stop()
+            installation.end()
     finally:
         database.stop()
 

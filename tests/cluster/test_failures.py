@@ -38,6 +38,7 @@ async def until_presence(client: RawClient, type_: str | None, timeout: float = 
                     return tree
 
 
+@pytest.mark.whole
 async def test_ten_nodes_that_start_at_once_on_an_empty_database_all_join(
     cluster_of: Callable[..., Cluster],
 ) -> None:

@@ -64,7 +64,7 @@ def on_galera(galera: Galera, tmp_path: Path) -> Iterator[Cluster]:
         installation.start()
         yield Cluster(installation, galera)  # type: ignore[arg-type]
     finally:
-        installation.stop()
+        installation.end()
         galera.heal()
 
 

@@ -101,6 +101,7 @@ async def test_a_node_joins_while_clients_chat(cluster_of: Callable[..., Cluster
     assert chat.sent > 200
 
 
+@pytest.mark.whole
 async def test_a_router_of_its_own_drains_and_no_client_notices(cluster_of: Callable[..., Cluster]) -> None:
     """Draining a router, registry or pubsub closes no client stream (DESIGN 3)."""
     cluster = cluster_of(2, PROCESSES, "", "--debug=cluster")

@@ -22,7 +22,7 @@ from tidings.testing.server import PROCESSES, SERVICES, Installation
 def four(tmp_path: Path) -> Iterator[Installation]:
     installation = Installation(PROCESSES, tmp_path)
     yield installation
-    installation.stop()
+    installation.end()
 
 
 def start(four: Installation, *services: str) -> None:

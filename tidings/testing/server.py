@@ -188,6 +188,13 @@ class Installation:
                 codes[name] = process.wait()
         return codes
 
+    def end(self) -> None:
+        """Ends all processes by their ids, at once: for who does not look at how they end."""
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait()
+
     def rss_kib(self) -> int:
         """The resident memory of all processes."""
         total = 0
