@@ -64,8 +64,8 @@ def delivered_when_written() -> None:
     """A message is marked as delivered when it is written to a stream, not when it is confirmed."""
 
     def make(write: Any) -> Any:
-        def planted(self: Any, session: Any, envelope: Any) -> None:
-            write(self, session, envelope)
+        def planted(self: Any, session: Any, envelope: Any, *stored_as: Any) -> None:
+            write(self, session, envelope, *stored_as)
             self.kept_as.__self__.acknowledged(session, [envelope])
 
         return planted
