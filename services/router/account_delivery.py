@@ -194,10 +194,11 @@ class AccountDelivery:
     def absent(self, item: Item) -> Pending:
         """Nobody takes it, as far as the strategy knows. Where other routers are, the table has the last word; for
         presence only when the strategy was wrong, or a router has died: a session may just have moved, or will."""
-        if item.missed and self.to_sessions_here(item.payload, item):
-            return None  # it came here while the others were asked
         guessed = self.others and (item.missed or item.payload.kind != PRESENCE)
-        if item.missed < TABLE_ASKED and (guessed or not self.is_settled(item.account)):
+        asks = item.missed < TABLE_ASKED and (guessed or not self.is_settled(item.account))
+        if item.missed and not (asks and _is_goodbye(item.payload)) and self.to_sessions_here(item.payload, item):
+            return None  # it came here while the others were asked
+        if asks:
             return self._ask_table(item)
         return self._nobody(item)
 
@@ -239,6 +240,8 @@ class AccountDelivery:
     async def _ask_table(self, item: Item) -> None:
         try:
             nodes = await self._where(item)
+            if _is_goodbye(item.payload) and await self._is_replaced(item.payload):
+                return
             elsewhere = tuple(sorted(nodes & self.others))
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)
@@ -259,6 +262,14 @@ class AccountDelivery:
                 self._answers.refuse(item.payload, error, waiter=item.waiter)
         except Exception:
             self._answers.failed(item.payload, item.waiter)
+
+    async def _is_replaced(self, envelope: Envelope) -> bool:
+        """Whether a session that has ended has a successor, which contacts may have seen by now: it was to be seen
+        before that one, but the router of who sees it has died."""
+        rows = await self._table.of_account(Jid.parse(envelope.from_jid).bare)
+        return any(
+            row.available and row.session != envelope.origin for row in rows if str(row.jid) == envelope.from_jid
+        )
 
     async def _by_table_in_time(self, item: Item) -> set[str]:
         """The same; but nobody can be told that an answer does not arrive: it waits for the database. Raises
@@ -306,3 +317,8 @@ class AccountDelivery:
             self._answers.refuse(envelope, error, waiter=waiter)
         except Exception:
             self._answers.failed(envelope, waiter)
+
+
+def _is_goodbye(envelope: Envelope) -> bool:
+    """Whether it says that a session, `origin`, is seen no more."""
+    return envelope.kind == PRESENCE and envelope.type == "unavailable" and bool(envelope.origin)

@@ -178,7 +178,7 @@ class _Presence:
         """4.2.2, 4.4.2, 4.5.2: to the contacts that may see it, and to the account's own sessions."""
         for item in roster.items.values():
             if sees_us(item.subscription):
-                self._route(session.jid, item.contact, type_, raw)
+                self._route(session.jid, item.contact, type_, raw, origin=session.id)
         for other in list(self._router.sessions(session.account).values()):
             if other.presence is not None or other is session:
                 self._to_session(other, session.jid, raw, type_)
@@ -369,13 +369,17 @@ class _Presence:
             if session.presence is not None:
                 self._route(session.jid, str(contact), "unavailable")
 
-    def _route(self, from_: Jid, to: str, type_: str, raw: bytes = b"", stamped: bool = False) -> None:
+    def _route(
+        self, from_: Jid, to: str, type_: str, raw: bytes = b"", stamped: bool = False, origin: str = ""
+    ) -> None:
         if not raw:
             attributes = f" type='{type_}'" if type_ else ""
             raw = f"<presence from={quoteattr(str(from_))} to={quoteattr(to)}{attributes}/>".encode()
         elif not stamped:
             raw = _addressed(raw, to)
-        self._router.route(Envelope(kind=PRESENCE, type=type_, from_jid=str(from_), to_jid=to, stanza=raw))
+        self._router.route(
+            Envelope(kind=PRESENCE, type=type_, from_jid=str(from_), to_jid=to, stanza=raw, origin=origin)
+        )
 
     def _to_session(self, session: Session, from_: Jid, raw: bytes, type_: str) -> None:
         envelope = Envelope(

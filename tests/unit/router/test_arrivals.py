@@ -12,12 +12,13 @@ from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_o
 from services.router.store import SessionRow
 from tests.unit.router.memory_router import HOST, MemoryRouter, Stores, iq, message, together, until, view
 from tests.unit.router.nodes import at_home
+from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
 from tidings.cluster.strategies.broadcast import Broadcast
 from tidings.cluster.strategies.online_users import OnlineUsers
 from tidings.cluster.strategy import Factory
 from tidings.kit.db import DatabaseAway
-from tidings.kit.module import IQ, ModuleSpec
+from tidings.kit.module import IQ, PRESENCE, ModuleSpec
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.jid import Jid
 
@@ -150,3 +151,33 @@ async def test_an_error_waits_for_the_database_that_says_where_its_receiver_is(
         await a.send(nurse, message("2", f"tybalt@{HOST}"))
         await until(lambda: [envelope.type for envelope in a.link.of(nurse)] == ["error"])
         assert len(asked) == 1, "who has sent a message is told at once"
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+async def test_a_goodbye_that_comes_late_is_not_taken_for_that_of_the_next_session_of_its_name(
+    replaced: bool,
+) -> None:
+    """Drills, seed 44: the router of who saw the session had died too; it was told by the next session of the full JID
+    that this one is there, and then, by another router, that the one before is not."""
+    stores = Stores()
+    async with together("abc", stores, Broadcast, MODULES) as (a, b, c):
+        romeo = await b.session("romeo")
+        juliet = await (c if replaced else a).session("juliet", "desk")
+        await until(lambda: not any(len(router.forwarder) for router in (a, b, c)))
+        origin = "the one before" if replaced else juliet.id
+        a.links.hung["b"] = []
+        goodbye = Envelope(
+            kind=PRESENCE, type="unavailable", origin=origin, from_jid=juliet.jid_text, to_jid=f"romeo@{HOST}",
+            stanza=b"<presence type='unavailable'/>",
+        )  # fmt: skip
+        assert a.routing.route(goodbye) is None
+        (flow,) = a.forwarder._flows.values()
+        await until(lambda: flow.outstanding == 1)
+        (row,) = (row for row in await stores.table.of_account(romeo.jid.bare) if row.router == "b")
+        assert await stores.table.move(row, "c")
+        taken = c.takes_over(romeo)
+        for router in (a, c):
+            router.see(view(2, **dict.fromkeys("ac", NodeState.UP)))
+        a.links.dies("b")
+        await until(lambda: not len(a.forwarder) and not len(c.forwarder))
+        assert [envelope.type for envelope in c.link.of(taken)] == ([] if replaced else ["unavailable"])
