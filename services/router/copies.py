@@ -202,7 +202,6 @@ class Copies:
         if not self.is_here(session):
             link.forget(session)
             return
-        # Also called when the link ends: then nobody has said anything.
         session.old_copies |= {link}
         link.forget(session)
         link.when_copied(partial(self._has_forgotten, session, link))
@@ -215,6 +214,7 @@ class Copies:
 
     @staticmethod
     def _has_forgotten(session: Session, link: ConnectorLink) -> None:
+        # Also called when the link ends: then nobody has said anything.
         if not link.over:
             session.are_forgotten((link,))
 
@@ -263,19 +263,11 @@ class Copies:
     @staticmethod
     def _when_known(session: Session, then: Callable[[], None]) -> None:
         """When those that have good copies know of what has changed."""
-        links = {link for link in (session.holder, session.link) if link is not None}
-        missing = [len(links)]
-
-        def known() -> None:
-            missing[0] -= 1
-            if missing[0] <= 0:
-                then()
-
-        for link in links:
+        for link in {session.holder, session.link} - {None}:
+            assert link is not None
             link.tell_progress()
-            link.when_copied(known)
-        if not links:
-            then()
+            then = partial(link.when_copied, then)
+        then()
 
     def is_near(self, link: ConnectorLink) -> bool:
         """Whether a connector would die with this router's host, and there is one that would not."""

@@ -38,6 +38,7 @@ AGAIN = 1.0
 SILENCE = 2.0
 TAKE_OVER_TIMEOUT = 8.0
 LOOK = 0.05
+# Seconds between two looks of a stream that may not be sent on any more.
 PAUSE = 0.5
 # Seconds for the database to say whether a session is still this router's.
 ASK_TIMEOUT = 1.0

@@ -50,12 +50,11 @@ class Membership:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.view = ClusterView()
-        self.put_out = False
         self._listeners: list[Callable[[ClusterView], None]] = []
         self._changed = asyncio.Event()
 
     async def is_in(self) -> bool:
-        return not self.put_out
+        return True
 
     def tell(self, view: ClusterView) -> None:
         self.view = view

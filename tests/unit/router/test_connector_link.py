@@ -231,6 +231,18 @@ async def test_when_a_link_ends_the_copies_at_its_other_end_are_older_ones(attac
     attached.resumption.stop()
 
 
+def epochs_raised(attached: Attached) -> list[Session]:
+    """The sessions whose epochs the router raises from now on, in order."""
+    raised: list[Session] = []
+
+    async def keep(session: Session) -> bool:
+        raised.append(session)
+        return True
+
+    attached.negotiator.copies.keep = keep
+    return raised
+
+
 class OtherConnector:
     """A connector that may hold copies: it has at once what it is sent."""
 
@@ -256,7 +268,7 @@ async def test_a_router_whose_links_end_lets_copies_count_until_it_knows_that_it
     """Drills, seed 35: it raised the epoch of a session that its connector was just bringing to another router, and
     the session was lost."""
     monkeypatch.setattr(copies, "LOOK", 0.0)
-    raised: list[Session] = []
+    raised = epochs_raised(attached)
     asked: list[bool] = []
 
     async def is_in() -> bool:
@@ -265,11 +277,6 @@ async def test_a_router_whose_links_end_lets_copies_count_until_it_knows_that_it
 
     attached.negotiator.copies.is_in = is_in
 
-    async def keep(session: Session) -> bool:
-        raised.append(session)
-        return True
-
-    attached.negotiator.copies.keep = keep
     attached.link.local = False
     _, held = await attached.bound("romeo")
     _, streaming = await attached.bound("juliet")
@@ -305,13 +312,8 @@ async def test_when_the_streams_connector_ends_its_copy_counts_no_more_though_an
     attached: Attached,
 ) -> None:
     """Else what is stored nowhere would wait for its client to come back."""
-    raised: list[Session] = []
+    raised = epochs_raised(attached)
 
-    async def keep(session: Session) -> bool:
-        raised.append(session)
-        return True
-
-    attached.negotiator.copies.keep = keep
     attached.link.local = False
     _, session = await attached.bound("romeo")
     session.resume_seconds = 60

@@ -87,6 +87,12 @@ class House:
         self.copies.served(session, link)  # type: ignore[arg-type]
         return session
 
+    async def look_until(self, condition: Callable[[], bool], what: str) -> None:
+        """The router looks after the holders of its sessions until something is so."""
+        running: asyncio.Task[Any] = asyncio.ensure_future(self.copies.run(self.sessions))
+        await soon(condition, what)
+        running.cancel()
+
     def others(self, session: Session) -> tuple[Link, Link]:
         """Who holds the copy, and who of the other two hosts does not."""
         return (self.b, self.c) if session.holder is self.b else (self.c, self.b)  # type: ignore[comparison-overlap]
@@ -109,9 +115,7 @@ async def test_a_holder_that_says_nothing_is_replaced_and_what_has_waited_goes_o
     gone_on: list[int] = []
     for number in (1, 2):
         when_copied(session, silent, lambda number=number: gone_on.append(number))  # type: ignore[arg-type,misc]
-    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
-    await soon(lambda: session.holder is other, "the other one holds it")
-    running.cancel()
+    await house.look_until(lambda: session.holder is other, "the other one holds it")
     assert (silent.forgotten, other.held) == ([session], [session])
     assert gone_on == [], "the next one does not have it yet"
     await soon(lambda: session in house.raised, "its copy counts no more")
@@ -157,9 +161,7 @@ async def test_when_nobody_else_is_there_what_has_waited_goes_on(
     gone_on: list[int] = []
     began = time.monotonic()
     when_copied(session, house.b, lambda: gone_on.append(1))  # type: ignore[arg-type]
-    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
-    await soon(lambda: gone_on == [1], "it goes on")
-    running.cancel()
+    await house.look_until(lambda: gone_on == [1], "it goes on")
     assert time.monotonic() - began > 0.5, "one that is late is better than none"
 
 
@@ -295,9 +297,7 @@ async def test_a_silent_holder_is_replaced_also_when_its_session_has_no_stream(
     session.link = None
     safe: list[bool] = []
     when_all_have_it(session, safe.append)
-    running: asyncio.Task[Any] = asyncio.ensure_future(house.copies.run(house.sessions))
-    await soon(lambda: session.holder is other, "the other one holds it")
-    running.cancel()
+    await house.look_until(lambda: session.holder is other, "the other one holds it")
     silent.confirm()
     assert safe == []
     other.confirm()

@@ -112,6 +112,17 @@ async def test_what_comes_behind_it_does_not_overtake_what_is_sent_another_way(t
     await until(lambda: romeo.inbound.h == 2)
 
 
+async def two_devices(stores: Stores, *routers: MemoryRouter) -> tuple[Session, Session, Session]:
+    """Romeo at the first router, Juliet's desk at the second, her phone at the third; nothing is written from here on."""
+    await stores.accounts.create(JULIET.domain, JULIET.local, {})
+    at_first, at_second, at_third = routers[:3]
+    romeo = await at_first.session("romeo")
+    desk, phone = await at_second.session("juliet", "desk"), await at_third.session("juliet", "phone")
+    await until(lambda: not any(len(router.forwarder) for router in routers))
+    stores.messages.away = True  # type: ignore[attr-defined]
+    return romeo, desk, phone
+
+
 @pytest.mark.parametrize("hung", [False, True], ids=["it had it", "it hung"])
 @pytest.mark.parametrize(
     ("taker", "away"), [("d", False), ("a", False), ("d", True)], ids=["", "here", "database away"]
@@ -122,11 +133,7 @@ async def test_what_comes_back_from_a_dead_router_reaches_who_has_taken_over_its
     """Also when another session of the account has it: what comes behind it would be there first."""
     stores = Stores()
     async with together("abcd", stores, OnlineUsers, MODULES) as (a, b, c, d):
-        await stores.accounts.create(JULIET.domain, JULIET.local, {})
-        romeo = await a.session("romeo")
-        desk, phone = await b.session("juliet", "desk"), await c.session("juliet", "phone")
-        await until(lambda: not any(len(router.forwarder) for router in (a, b, c, d)))
-        stores.messages.away = True  # type: ignore[attr-defined]
+        romeo, desk, phone = await two_devices(stores, a, b, c, d)
         if hung:
             a.links.hung["b"] = []
         await a.send(romeo, message("1", str(JULIET)))
@@ -156,11 +163,7 @@ async def test_what_somebody_alive_has_is_not_stored_when_it_comes_back_and_thos
     """It would be offered to the account's next session, though one has had it and may have confirmed it."""
     stores = Stores()
     async with together("abc", stores, OnlineUsers, MODULES) as (a, b, c):
-        await stores.accounts.create(JULIET.domain, JULIET.local, {})
-        romeo = await a.session("romeo")
-        desk, phone = await b.session("juliet", "desk"), await c.session("juliet", "phone")
-        await until(lambda: not any(len(router.forwarder) for router in (a, b, c)))
-        stores.messages.away = True  # type: ignore[attr-defined]
+        romeo, desk, phone = await two_devices(stores, a, b, c)
         if hung:
             a.links.hung["b"] = []
         await a.send(romeo, message("1", str(JULIET)))
@@ -186,11 +189,7 @@ async def test_what_was_for_a_session_alone_comes_back_before_what_was_for_its_a
     given to the new session meanwhile, and it was read back seconds later."""
     stores = Stores()
     async with together("abcd", stores, OnlineUsers, MODULES) as (a, b, c, d):
-        await stores.accounts.create(JULIET.domain, JULIET.local, {})
-        romeo = await a.session("romeo")
-        desk, phone = await b.session("juliet", "desk"), await c.session("juliet", "phone")
-        await until(lambda: not any(len(router.forwarder) for router in (a, b, c, d)))
-        stores.messages.away = True  # type: ignore[attr-defined]
+        romeo, desk, phone = await two_devices(stores, a, b, c, d)
         await a.send(romeo, message("1", desk.jid_text))
         await a.send(romeo, message("2", str(JULIET)))
         await until(lambda: b.link.bodies(desk) == ["1", "2"] and c.link.bodies(phone) == ["2"])
