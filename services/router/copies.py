@@ -263,10 +263,10 @@ class Copies:
     @staticmethod
     def _when_known(session: Session, then: Callable[[], None]) -> None:
         """When those that have good copies know of what has changed."""
-        for link in {session.holder, session.link} - {None}:
-            assert link is not None
-            link.tell_progress()
-            then = partial(link.when_copied, then)
+        for link in dict.fromkeys((session.holder, session.link)):
+            if link is not None:
+                link.tell_progress()
+                then = partial(link.when_copied, then)
         then()
 
     def is_near(self, link: ConnectorLink) -> bool:

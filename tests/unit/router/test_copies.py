@@ -237,8 +237,9 @@ async def test_who_is_to_forget_a_copy_has_an_older_one_until_it_says_so_or_the_
         before.end()
         await soon(lambda: bool(house.raised), "its copy counts no more")
         assert session.old_copies == {before}, "who has the good one does not know yet"
-        after.confirm()
         house.here.confirm()
+        assert session.old_copies == {before}, "that it is with two"
+        after.confirm()
         assert session.old_copies == (set() if raised else {before})
     else:
         before.confirm()
