@@ -172,7 +172,10 @@ class _Case:
             return True
         full = "/" in sent.to
         there = self.lives.of_jid(sent.to) if full else self.lives.of(sent.to)
-        return not any(life.began < sent.at and life.ended is None and (full or life.priority >= 0) for life in there)
+        return not any(
+            life.ended is None and (life.began < sent.at if full else life.priority >= 0 and life.available < sent.at)
+            for life in there
+        )
 
     # --- "no session gets a message twice" ---
 

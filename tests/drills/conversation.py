@@ -9,7 +9,18 @@ from typing import Literal, NamedTuple
 from xml.etree.ElementTree import Element
 from xml.sax.saxutils import escape, quoteattr
 
-from tests.drills.history import Acknowledged, Answered, Asked, Bounced, Confirmed, History, Received, Saw, Sent
+from tests.drills.history import (
+    Acknowledged,
+    Answered,
+    Asked,
+    Available,
+    Bounced,
+    Confirmed,
+    History,
+    Received,
+    Saw,
+    Sent,
+)
 from tests.drills.lives import account_of
 from tests.drills.stream import Stream
 from tidings.xmpp import ns
@@ -60,6 +71,8 @@ class Conversation:
         self._random = random
         self.habits = habits
         self.session = ""
+        # The session of which it knows that the server has dealt with its presence.
+        self._available = ""
         self._stream: Stream | None = None
         self._numbers = 0
         # XEP-0198: whether stanzas are counted, what was counted in, and what the server has acknowledged.
@@ -246,6 +259,9 @@ class Conversation:
         sender = element.get("from", "")
         if type_ == "subscribe":
             self._write("presence", "", f"<presence type='subscribed' to={quoteattr(sender)}/>")
+        elif not type_ and sender == self.jid and self._available != self.session:
+            self._available = self.session
+            self._history.record(Available(self._history.now(), self.session))
         elif type_ in ("", "unavailable") and "/" in sender and account_of(sender) != self.account:
             # Of sessions only: for an account that nobody is at, a server may answer itself (RFC 6121 4.3.2).
             self._history.record(Saw(self._history.now(), self.session, sender, not type_))

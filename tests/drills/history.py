@@ -29,6 +29,11 @@ class Began(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Available(Event):
+    """RFC 6121 4.2.2: its own presence came to the session, for the first time: the server has dealt with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Managed(Event):
     """XEP-0198 3: <enabled/>, with the seconds that the server keeps the session; 0 where it does not."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tests.drills.history import Began, Cut, Ended, Event, Managed, Resumed
+from tests.drills.history import Available, Began, Cut, Ended, Event, Managed, Resumed
 
 
 def account_of(jid: str) -> str:
@@ -24,6 +25,8 @@ class Life:
     ended: float | None = None
     clean: bool = False
     refused: bool = False
+    # When its client knew that it is there for what is sent to its account.
+    available: float = math.inf
     # When its stream was lost, each time, whether it came back or not.
     cuts: list[float] = field(default_factory=list)
     # From when to when it had a working stream; the last one may be open.
@@ -74,6 +77,8 @@ class Lives:
                 life = Life(event.session, event.jid, event.priority, event.at, spans=[(event.at, None)])
                 self._lives[event.session] = life
                 self._by_account.setdefault(life.account, []).append(life)
+            case Available():
+                self._lives[event.session].available = event.at
             case Managed():
                 self._lives[event.session].resumption = event.resumption
             case Cut():

@@ -19,6 +19,7 @@ from tests.drills.history import (
     Acknowledged,
     Answered,
     Asked,
+    Available,
     Began,
     Bounced,
     Confirmed,
@@ -53,10 +54,14 @@ class Story:
         self.events.append(kind(self.at, session, *rest, **more))
         return self
 
-    def begin(self, session: str, jid: str, resumption: float = 300.0, priority: int = 0) -> Story:
+    def begin(
+        self, session: str, jid: str, resumption: float = 300.0, priority: int = 0, available: bool = True
+    ) -> Story:
         self._jids[session] = jid
         self._tell(Began, session, jid, priority)
-        return self._tell(Managed, session, resumption) if resumption else self
+        if resumption:
+            self._tell(Managed, session, resumption)
+        return self._tell(Available, session) if available else self
 
     def cut(self, session: str) -> Story:
         return self._tell(Cut, session)
@@ -188,6 +193,19 @@ def test_a_headline_to_an_account_that_is_there_with_negative_priority_only_is_g
 
     assert story(-1).found() == []
     assert story(0).found() == [LOST]
+
+
+def test_a_headline_to_an_account_is_gone_until_the_server_has_dealt_with_the_presence_of_a_session() -> None:
+    """RFC 6121 8.5.2.2.1; and 8.5.3.1: its full JID is there as soon as it is bound. Drills, seed 44."""
+
+    def story(to: str, available: bool) -> Story:
+        begun = Story().begin("a", A).begin("b", B, available=available)
+        begun.send("a", "m", to, "headline").acknowledge("a", "m")
+        return begun if available else begun.tell(Available, "b")
+
+    assert story("b@x", False).found() == []
+    assert story("b@x", True).found() == [LOST]
+    assert story(B, False).found() == [LOST]
 
 
 def test_the_error_for_a_sender_who_has_gone_is_not_stored() -> None:

@@ -25,6 +25,7 @@ from tests.drills.history import (
     Acknowledged,
     Answered,
     Asked,
+    Available,
     Began,
     Bounced,
     Confirmed,
@@ -96,6 +97,7 @@ class Model:
         device.unacknowledged = []
         self.tell(Began(self.at, device.session, jid))
         self.tell(Managed(self.at, device.session, RESUMPTION))
+        self.tell(Available(self.at, device.session))
         stored, self.stored[device.account] = self.stored[device.account], []
         device.queue, device.unconfirmed = [key for key in stored if key not in self.confirmed], []
 

@@ -17,6 +17,7 @@ from tests.drills.conversation import COUNTER, REQUEST_EVERY, Habits
 from tests.drills.history import (
     Acknowledged,
     Answered,
+    Available,
     Bounced,
     Confirmed,
     Cut,
@@ -433,6 +434,17 @@ async def test_without_0198_a_lost_stream_ends_the_session_and_nothing_is_sent_a
 
 
 # --- the rest ---
+
+
+async def test_a_session_is_available_when_its_own_presence_has_come_back(peer: ScriptedPeer) -> None:
+    """RFC 6121 4.2.2; what another device of the account shows, and what comes later, is something else."""
+    async with Bench(peer) as bench:
+        bench.connection.write("<presence from='a@localhost/2'/><presence from='b@localhost/1'/>")
+        assert await bench.asked_h() == 2
+        assert bench.told(Available) == []
+        bench.connection.write("<presence from='a@localhost/1'/><presence from='a@localhost/1'/>")
+        assert await bench.asked_h() == 4
+        assert [event.session for event in bench.told(Available)] == [bench.client.session]
 
 
 async def test_presence_of_others_is_written_down_and_requests_are_agreed_to(peer: ScriptedPeer) -> None:
