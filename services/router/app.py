@@ -156,7 +156,7 @@ class Router:
         safety.on_confirmed.append(copies.confirmed)
         routing.deliveries.is_far = lambda link: not copies.is_near(link)
         self._acknowledgements.cover = resumption.cover = copies.cover
-        resumption.outdate, copies.is_in = copies.outdate_behind, self._member.is_in
+        resumption.outdate, copies.old.is_in = copies.old.outdate_behind, self._member.is_in
         self._reattachment = negotiator.reattachment = Reattachment(
             own, sessions, table, self._binding, routing, safety, self._acknowledgements, self._tickets,
             self._hand_over, self._adoption, hooks, tasks.spawn,
@@ -195,7 +195,7 @@ class Router:
             own, negotiator, sessions, self._links, self._adoption, self._binding, tasks.spawn, lambda: self._serving
         )
         copies.links = lambda: self._api.links
-        copies.keep, copies.is_here = self._binding.keep, lambda session: sessions.get(session.id) is session
+        copies.old.keep, copies.old.is_here = self._binding.keep, lambda session: sessions.get(session.id) is session
         resumption.surrender, resumption.answers = self._api.surrender, self._answers
         self._taken_over = TakenOver(
             own, sessions, table, self._messages, lambda: bool(self._api.cut) or self._links.is_cut,

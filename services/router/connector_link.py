@@ -370,7 +370,7 @@ class ConnectorLink:
         if session.holder is self:
             self._held[session.id] = session
         elif not self.local and not self.over:
-            self._negotiator.copies.let_go(session, self)
+            self._negotiator.copies.old.let_go(session, self)
 
     def release(self, session: Session) -> None:
         """The session is another router's now, and so is its stream."""

@@ -11,19 +11,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from services.router.messages import MessageStore, marked
+from services.router.old_copies import OldCopies
 from services.router.session_record import record_of, state_of
 from services.router.sessions import when_copied
 from tidings.cluster.hashing import rendezvous
-from tidings.kit.db import DatabaseAway
 from tidings.kit.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
 
     from services.router.connector_link import ConnectorLink
     from services.router.iq_deadlines import IqDeadlines
@@ -42,12 +40,6 @@ LATE = 0.5
 # for when all are slow a change helps nobody; and where there is none, until the session goes on without.
 SILENT = 1.0
 ALONE = 3.0
-# Seconds for a connector to say that it has forgotten a copy.
-FORGET_TIMEOUT = 1.0
-# Epochs that are raised at one time: stops the end of a connector with many sessions from filling the database
-RAISED_AT_ONCE = 32
-# Seconds for which it counts that the cluster has this router.
-KNOWN = 1.0
 # Seconds between two looks at what is confirmed and written.
 MARKED = 0.05
 _NEVER = (0, 0.0)
@@ -62,7 +54,7 @@ class Copies:
     ) -> None:  # fmt: skip
         """`wanted`: whether there are to be any."""
         self._own = own
-        self._spawn = spawn
+        self.old = OldCopies(spawn)
         self.wanted = wanted
         self._tickets = tickets
         self._deadlines = deadlines
@@ -72,17 +64,8 @@ class Copies:
         # By session: how many connectors have taken the place of another one, since one had all in time; and when the
         # last one did.
         self._replaced: dict[str, tuple[int, float]] = {}
-        # Raises a session's epoch in the table; whether this router has a session.
-        self.keep: Callable[[Session], Awaitable[bool]] = _yes
-        self.is_here: Callable[[Session], bool] = lambda _session: True
         # The links of connectors.
         self.links: Callable[[], Iterable[ConnectorLink]] = tuple
-        # Whether the cluster has this router, asked now.
-        self.is_in: Callable[[], Awaitable[bool]] = _yes
-        # Sessions whose epochs are to be raised when that is known; and whether it is being asked.
-        self._outdated: set[Session] = set()
-        self._asking = False
-        self._raising = asyncio.Semaphore(RAISED_AT_ONCE)
 
     # --- what clients have confirmed ---
 
@@ -127,7 +110,7 @@ class Copies:
             return
         session.holder = None if link.local else link
         if before is not None:
-            self.let_go(session, before)
+            self.old.let_go(session, before)
         if not suffices:
             self.cover(session, before)
         self._go_on(session)
@@ -137,7 +120,7 @@ class Copies:
         before anything that has waited for it goes on."""
         log.info("copy_not_kept", session=session.id, connector=silent.incarnation, reason="it is silent")
         session.holder = None
-        self.let_go(session, silent, 0.0)
+        self.old.let_go(session, silent, 0.0)
         self.cover(session, silent)
         if session.holder is None or session.holder is session.link:
             self._go_on(session)
@@ -161,7 +144,7 @@ class Copies:
         if session.holder is None:
             self._go_on(session)
         else:
-            self.outdate_behind(session, session.holder)
+            self.old.outdate_behind(session, session.holder)
 
     def cover(self, session: Session, silent: ConnectorLink | None = None) -> None:
         """Has another connector hold the copy of a session that may be resumed and has no second holder, or none on
@@ -173,7 +156,7 @@ class Copies:
             not self.wanted
             or not session.resume_seconds
             or session.closed
-            or not self.is_here(session)
+            or not self.old.is_here(session)
             or (holder is not None and not self.is_near(holder))
         ):
             return
@@ -183,10 +166,10 @@ class Copies:
         if others:
             taker = links[rendezvous(session.id, others)]
             taker.hold(session)
-            self.outdate_behind(session, taker)
+            self.old.outdate_behind(session, taker)
             self._go_on(session)
             if holder is not None and holder is not session.link:
-                self.let_go(session, holder)
+                self.old.let_go(session, holder)
 
     def _candidates(self, session: Session, silent: ConnectorLink | None) -> dict[str, ConnectorLink]:
         """Who could hold the copy of a session, by incarnation."""
@@ -195,79 +178,6 @@ class Copies:
             for link in self.links()
             if link is not session.link and link is not silent and not link.local and link.handling is not None
         }
-
-    def let_go(self, session: Session, link: ConnectorLink, patience: float = FORGET_TIMEOUT) -> None:
-        """A connector is to forget its copy. When it does not say that it has, the session's epoch is raised: nobody
-        may keep an old copy under an epoch that still counts."""
-        if not self.is_here(session):
-            link.forget(session)
-            return
-        session.old_copies |= {link}
-        link.forget(session)
-        link.when_copied(partial(self._has_forgotten, session, link))
-        if link not in session.old_copies:
-            return
-        if link.over or link.handling is None or not patience:
-            self.outdate(session)
-        else:
-            asyncio.get_running_loop().call_later(patience, self.outdate, session)
-
-    @staticmethod
-    def _has_forgotten(session: Session, link: ConnectorLink) -> None:
-        # Also called when the link ends: then nobody has said anything.
-        if not link.over:
-            session.are_forgotten((link,))
-
-    def outdate_behind(self, session: Session, link: ConnectorLink) -> None:
-        """The same as `outdate`, when a connector has the good copy."""
-        link.when_copied(lambda: None if link.over else self.outdate(session))
-
-    def outdate(self, session: Session) -> None:
-        """Somebody may have an old copy: its epoch is to count no more. That needs the cluster to have this router
-        still: else the good copies, which other routers are just given, would count no more either."""
-        if session.old_copies and self.is_here(session) and not session.closed:
-            self._outdated.add(session)
-            if not self._asking:
-                self._asking = True
-                self._spawn(self._outdate(), "the epochs of sessions with old copies")
-
-    async def _outdate(self) -> None:
-        try:
-            while self._outdated:
-                sessions, self._outdated = self._outdated, set()
-                while not await self.is_in():  # noqa: ASYNC110 - it is asked anew
-                    await asyncio.sleep(LOOK)
-                until = time.monotonic() + KNOWN
-                for session in sessions:
-                    self._spawn(self._raise_epoch(session, until), "the epoch of a session with an old copy")
-        finally:
-            self._asking = False
-
-    async def _raise_epoch(self, session: Session, until: float) -> None:
-        """`until`: the monotonic time up to which it is known that the cluster has this router."""
-        # A router that ends has closed its database.
-        with suppress(AssertionError):
-            async with self._raising:
-                old = session.old_copies
-                if not old or session.closed:
-                    return
-                # One that is frozen goes to another router, with a higher one, or stays.
-                if session.frozen is None and time.monotonic() < until:
-                    with suppress(DatabaseAway):
-                        if self.is_here(session) and await self.keep(session):
-                            self._when_known(session, partial(session.are_forgotten, old))
-                        return
-            await asyncio.sleep(LOOK)
-            self.outdate(session)
-
-    @staticmethod
-    def _when_known(session: Session, then: Callable[[], None]) -> None:
-        """When those that have good copies know of what has changed."""
-        for link in dict.fromkeys((session.holder, session.link)):
-            if link is not None:
-                link.tell_progress()
-                then = partial(link.when_copied, then)
-        then()
 
     def is_near(self, link: ConnectorLink) -> bool:
         """Whether a connector would die with this router's host, and there is one that would not."""
@@ -340,7 +250,3 @@ def _waits(session: Session | None, last: float) -> bool:
 
 
 def _nothing() -> None: ...
-
-
-async def _yes(*_: object) -> bool:
-    return True

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.router import copies, module_loader
+from services.router import module_loader, old_copies
 from services.router.connector_link import ConnectorLink
 from services.router.copies import Copies
 from services.router.negotiation import Negotiation, Negotiator
@@ -239,7 +239,7 @@ def epochs_raised(attached: Attached) -> list[Session]:
         raised.append(session)
         return True
 
-    attached.negotiator.copies.keep = keep
+    attached.negotiator.copies.old.keep = keep
     return raised
 
 
@@ -267,7 +267,7 @@ async def test_a_router_whose_links_end_lets_copies_count_until_it_knows_that_it
 ) -> None:
     """Drills, seed 35: it raised the epoch of a session that its connector was just bringing to another router, and
     the session was lost."""
-    monkeypatch.setattr(copies, "LOOK", 0.0)
+    monkeypatch.setattr(old_copies, "AGAIN", 0.0)
     raised = epochs_raised(attached)
     asked: list[bool] = []
 
@@ -275,7 +275,7 @@ async def test_a_router_whose_links_end_lets_copies_count_until_it_knows_that_it
         asked.append(True)
         return not put_out
 
-    attached.negotiator.copies.is_in = is_in
+    attached.negotiator.copies.old.is_in = is_in
 
     attached.link.local = False
     _, held = await attached.bound("romeo")
