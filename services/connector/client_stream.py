@@ -333,7 +333,8 @@ class ClientStream:
         self._core.bound(Jid.parse(bound.jid), bound.reply)
 
     def _attached(self, attached: SessionAttached) -> None:
-        """The router serves the session of this stream."""
+        """The router serves the session of this stream. It needs no other copy here, if it has asked for one."""
+        self.streams.copies.forget(self.session)
         if not attached.HasField("record"):
             if self.relocation is not None:
                 self.relocation.attached(attached)

@@ -127,21 +127,32 @@ class RouterLink:
             stream.close("internal-server-error", "the server has lost track of this stream; please connect again")
 
     def _deliver(self, envelope: Envelope) -> None:
-        stream = self._streams.by_session.get(envelope.target)
+        stream = self._served(envelope.target)
         if stream is None:
             self._streams.copies.delivered(self, envelope)
-        elif stream.link is self:  # else it has gone on at another router
+        else:
             raw = envelope.stanza
             if stream.copy is not None and envelope.kind != NONZA:
                 stream.copy.delivered(envelope, raw)
             stream.deliver(raw)
 
     def _progress(self, progress: SessionProgress) -> None:
-        stream = self._streams.by_session.get(progress.session)
+        stream = self._served(progress.session)
         if stream is None:
             self._streams.copies.progress(self, progress)
-        elif stream.link is self and stream.copy is not None:
+        elif stream.copy is not None:
             stream.copy.progress(progress)
+
+    def _served(self, session: str) -> ClientStream | None:
+        """The stream that this router serves for a session. One that is only on its way to it, or has gone on at
+        another one, is none: what comes then is for a copy here, if this router has asked for one."""
+        stream = self._streams.by_session.get(session)
+        if stream is None or stream.link is not self:
+            return None
+        relocation, copy = stream.relocation, stream.copy
+        if (relocation is not None and relocation.reattaching) or (copy is not None and not copy.is_whole):
+            return None
+        return stream
 
     def _relieved(self) -> None:
         held, self.held = self.held, {}

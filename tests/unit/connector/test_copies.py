@@ -9,6 +9,7 @@ from services.connector.router_link import RouterLink
 from tests.unit.connector.test_moves import Bound
 from tests.unit.router.memory_router import until
 from tidings.api.common.v1.session_pb2 import SessionRecord
+from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import (
     AttachResponse,
     CloseStream,
@@ -17,9 +18,11 @@ from tidings.api.router.v1.router_pb2 import (
     PrepareMove,
     SessionAttached,
     SessionBound,
+    SessionProgress,
     StreamCommand,
 )
 from tidings.cluster.node import Node
+from tidings.kit.module import MESSAGE
 
 RECORD = SessionRecord(id="s", epoch=1, jid="juliet@example.org/r", resume_seconds=60)
 
@@ -95,6 +98,57 @@ async def test_what_the_router_says_of_a_session_whose_stream_has_just_broken_is
     copy = stream.streams.copies._copies["s"]
     assert copy.record is not None
     assert copy.record.epoch == 2
+
+
+def held_at(link: RouterLink, stream: Bound) -> None:
+    """A router asks for a copy of the session, says what its client has sent, and delivers something to it."""
+    epoch = SessionRecord(id="s", epoch=2, jid=RECORD.jid, resume_seconds=60, counts=True)
+    hold = StreamCommand(session="s", attached=SessionAttached(record=epoch, ticket=b"t2"))
+    link.receive(AttachResponse(sequence=1, commands=[hold]))
+    sent = Envelope(target="s", kind=MESSAGE, id="1", stanza=b"<message id='1' to='romeo@example.org'/>")
+    given = Envelope(target="s", kind=MESSAGE, delivery=1, origin="o", number=1, stanza=b"<message id='2'/>")
+    link.receive(AttachResponse(sequence=2, envelopes=[sent, given]))
+    link.receive(AttachResponse(sequence=3, progress=[SessionProgress(session="s", number=9)]))
+    held = stream.streams.copies._copies["s"]
+    assert held.record is not None
+    assert ([one.id for one in held._sent], len(held._delivered), held.record.number) == (["1"], 1, 9)
+
+
+@pytest.mark.parametrize("to", ["the same router", "another one"])
+async def test_what_a_router_says_to_a_copy_here_is_not_for_the_stream_that_brings_its_own(to: str) -> None:
+    """Another holder was earlier. Drills, seed 0: the client got what it had sent itself, and counted that."""
+    stream = resumable()
+    written = stream.connection.written
+    stream.stream.router_lost(True)
+    await stream.settled()
+    assert stream.told(stream.new) == ["attach"]
+    taker = stream.new if to == "the same router" else remote("third", stream)
+    held_at(taker, stream)
+    assert stream.connection.written == written
+    stream.command(close=CloseStream(condition="system-shutdown"))
+    assert b"<system-shutdown" in stream.connection.written
+    assert stream.streams.copies._copies["s"].router == taker.node.incarnation
+
+
+async def test_nor_for_the_stream_that_is_handed_over_to_it_and_a_copy_here_is_needed_no_more_behind_that() -> None:
+    stream = resumable()
+    stream.new = remote("new", stream)
+    written = stream.connection.written
+    stream.command(moved=Moved(router_incarnation="new", ticket=b"t"))
+    await stream.settled()
+    held_at(stream.new, stream)
+    assert stream.connection.written == written
+    record = SessionRecord(id="s", epoch=2, jid=RECORD.jid, resume_seconds=60)
+    begun = StreamCommand(stream=1, session="s", attached=SessionAttached(record=record, ticket=b"t3"))
+    given = Envelope(target="s", kind=MESSAGE, delivery=1, origin="o", number=1, stanza=b"<message id='3'/>")
+    stream.new.receive(AttachResponse(sequence=4, commands=[begun], envelopes=[]))
+    stream.new.receive(AttachResponse(sequence=5, envelopes=[given]))
+    assert stream.connection.written == written + b"<message id='3'/>"
+    assert len(stream.streams.copies) == 0
+
+
+def remote(name: str, stream: Bound) -> RouterLink:
+    return RouterLink(stream.streams, Node(name, name, "127.0.0.1", 1), False)
 
 
 async def test_there_is_no_copy_of_one_that_can_not_be_resumed() -> None:
