@@ -261,6 +261,8 @@ class RouterLinks:
         """One call; the seconds until the next one."""
         node = link.node
         why, answered = await why_ended(self._attach(link), lambda why: self._member.report(node, why))
+        if answered:
+            self._member.reaches(node)  # though it does not serve yet, or no longer
         log.debug("router_link_down", router=node.hostname, reason=why)
         return SOON if answered else RETRY
 

@@ -14,6 +14,7 @@ from services.router.iq_deadlines import REQUESTS
 from services.router.messages import CLAIMED
 from services.router.passing import Passing, goes_on
 from services.router.sessions import Session, Sessions
+from services.router.shown import Shown
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.forwarding import Forwarder, Item
 from tidings.cluster.node import NodeState
@@ -69,6 +70,7 @@ class AccountDelivery:
         self._answers = answers
         self._passing = passing
         self._newer_view = newer_view
+        self._shown = Shown()
         self._forwarder: Forwarder = None  # type: ignore[assignment] # made by `start`
         self._strategy: Strategy = None  # type: ignore[assignment]
         # The other routers of the view that may have sessions.
@@ -137,6 +139,8 @@ class AccountDelivery:
                 self.give(present[0], envelope, item.waiter)
                 return True
             self._give_all(present, envelope, item.waiter)
+            return True
+        if kind == PRESENCE and present and self._shown.is_late(envelope):
             return True
         for receiver in present:
             self._deliveries.to_session(receiver, envelope)

@@ -132,7 +132,9 @@ class ForwardLinks:
     async def _keep(self, link: OutgoingLink) -> None:
         node = link.node
         while True:
-            why, _ = await why_ended(self._forward(link), lambda why: self._member.report(node, why))
+            why, answered = await why_ended(self._forward(link), lambda why: self._member.report(node, why))
+            if answered:
+                self._member.reaches(node)
             link.up = False
             log.debug("forward_link_down", router=node.hostname, reason=why)
             await asyncio.sleep(RETRY)

@@ -107,9 +107,9 @@ class _Case:
         self.faults: list[Fault] = []
         for event in events:
             self._take(event)
-        self.receivers: dict[str, list[Life]] = {}
+        self.came: dict[str, list[Received]] = {}
         for event in self.received:
-            self.receivers.setdefault(event.key, []).append(self.lives[event.session])
+            self.came.setdefault(event.key, []).append(event)
 
     def _take(self, event: Event) -> None:
         match event:
@@ -145,7 +145,7 @@ class _Case:
             if key in self.confirmed or key in bounced:
                 continue
             sent = self.sent[key][0]
-            holders = self.receivers.get(key, [])
+            holders = [self.lives[event.session] for event in self.came.get(key, ())]
             # What a session had not confirmed is offered again to the next one, and the last one still has its time.
             if any(life.works for life in holders):
                 continue
@@ -192,8 +192,8 @@ class _Case:
     def disordered(self) -> Iterator[Finding]:
         """What came to another session first and falls to this one, because that one was cut off or has gone, may come
         behind what this one got meanwhile; what was sent to the account is in order within itself too, before this one
-        began and since then."""
-        last: dict[tuple[str, str, str, bool], tuple[int, str]] = {}
+        began (what another one had had, and what nobody had) and since then."""
+        last: dict[tuple[str, str, str, bool, bool], tuple[int, str]] = {}
         seen: set[tuple[str, str]] = set()
         for event in self.received:
             sends = self.sent.get(event.key, [])
@@ -204,8 +204,11 @@ class _Case:
             if "/" in sent.to and sent.to != self.lives[event.session].jid:
                 continue  # it was for a session that has gone: that pair's order is over
             inherited = self._inherited(event, sent)
-            early = inherited and sent.at < self.lives[event.session].began
-            chain = (event.session, sent.session, sent.to if inherited else "", early)
+            began = self.lives[event.session].began
+            early = inherited and sent.at < began
+            # What nobody had before this one began may have come to it first, though it was sent before.
+            fell = early and any(other.at < began for other in self.came[event.key])
+            chain = (event.session, sent.session, sent.to if inherited else "", early, fell)
             place = self.place[sent.session, sent.key]
             before = last.get(chain)
             if before is not None and before[0] > place:
@@ -230,8 +233,7 @@ class _Case:
     def _went_round(self, event: Received, sent: Sent, heir: Life) -> bool:
         """It was for a session of the same full JID that had gone, fell to another device, and comes from there."""
         return sent.at < heir.began and any(
-            other.key == event.key and other.at < event.at and self.lives[other.session].jid != heir.jid
-            for other in self.received
+            other.at < event.at and self.lives[other.session].jid != heir.jid for other in self.came[event.key]
         )
 
     def _hung(self, life: Life, at: float) -> bool:

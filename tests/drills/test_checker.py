@@ -333,6 +333,19 @@ def test_what_another_device_had_falls_to_a_session_when_the_server_knows_that_t
     assert story(2).found() == [DISORDERED]
 
 
+def test_what_another_device_had_may_fall_to_a_session_behind_what_nobody_had_before_it_began() -> None:
+    """Drills, seed 307: the sender's router had died, and what was sent again came to the new session as it came."""
+
+    def story(had: bool) -> Story:
+        sent = Story().begin("a", A).begin("b2", B2).send("a", "1", "b@x").send("a", "2", "b@x")
+        if had:
+            sent.deliver("b2", "1")
+        return sent.cut("b2").end("b2").begin("b", B).deliver("b", "2", "1")
+
+    assert story(True).found() == []
+    assert story(False).found() == [DISORDERED]
+
+
 def test_what_was_sent_to_a_session_itself_is_no_heritage() -> None:
     def story() -> Story:
         sent = both().begin("b2", B2).send("a", "1", B).send("a", "2", B2).send("a", "3", B2)

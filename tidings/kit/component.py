@@ -155,6 +155,8 @@ class Component:
                 told = told or final
                 if refusal is None:
                     self.context.member.report(node, "a component could not attach")
+                else:
+                    self.context.member.reaches(node)
             except asyncio.CancelledError:
                 if is_cancelled():
                     raise

@@ -196,7 +196,7 @@ class Member:
         return self._joined and self._written >= asked and self._clock() - asked < self._lease / 2
 
     def reaches(self, node: Node) -> None:
-        """A link to a node has come about."""
+        """A node has answered, and be it that it does not serve yet."""
         self._unreachable.discard(node.incarnation)
 
     def report(self, node: Node, observation: str) -> None:

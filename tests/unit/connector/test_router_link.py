@@ -15,6 +15,7 @@ from services.connector import router_link
 from services.connector.limits import Addresses
 from services.connector.router_link import RouterLinks
 from services.connector.streams import Streams
+from tidings.api.common.v1.error_pb2 import ErrorReason
 from tidings.api.component.v1 import component_pb2
 from tidings.api.component.v1.component_pb2_grpc import (
     ComponentServiceServicer,
@@ -32,6 +33,7 @@ from tidings.kit.identity import Caller
 from tidings.kit.membership import Member
 from tidings.kit.node_messages import node_into
 from tidings.kit.pki import CertificateAuthority, normalised
+from tidings.kit.rpc_errors import TidingsError
 from tidings.kit.tasks import Tasks
 from tidings.testing.server import free_port
 
@@ -44,11 +46,14 @@ class Calls:
 
     def __init__(self, welcome: Any) -> None:
         self._welcome = welcome
+        self.refuses = False
         self.open = 0
         self.ever = 0
 
     async def Attach(self, requests: Any, context: Any) -> None:
         await context.read()
+        if self.refuses:
+            raise TidingsError(ErrorReason.ERROR_REASON_NOT_SERVING, "the router is starting or stopping")
         self.open += 1
         self.ever += 1
         try:
@@ -157,3 +162,15 @@ async def test_a_link_whose_call_this_side_has_ended_comes_again(
     await until(lambda: calls.open == 1 and links)
     tasks.spawn(channels.close(), "close the channels")
     await until(lambda: calls.ever == 2 and calls.open == 1 and links)
+
+
+async def test_a_router_that_refuses_is_reached(attached: Any, channels: Channels, tasks: Tasks) -> None:
+    """Drills, seed 514: a router that had joined took a while to serve. The first tries had found nobody there, its
+    refusals counted for nothing, and after three seconds all connectors were put out for not reaching it."""
+    calls, member, node, links = attached
+    await until(lambda: calls.open == 1 and links)
+    calls.refuses = True
+    member._unreachable.add(node.incarnation)
+    tasks.spawn(channels.close(), "close the channels")
+    await until(lambda: not member._unreachable)
+    assert calls.ever == 1

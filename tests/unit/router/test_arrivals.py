@@ -181,3 +181,31 @@ async def test_a_goodbye_that_comes_late_is_not_taken_for_that_of_the_next_sessi
         a.links.dies("b")
         await until(lambda: not len(a.forwarder) and not len(c.forwarder))
         assert [envelope.type for envelope in c.link.of(taken)] == ([] if replaced else ["unavailable"])
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+async def test_a_goodbye_that_was_long_under_way_is_for_nobody_who_sees_the_next_session_of_its_name(
+    replaced: bool,
+) -> None:
+    """Drills, seed 514: the router of who saw it had stood still, with the goodbye before it; behind that it dealt with
+    the bind of the next session first."""
+    async with together("ab", Stores(), Broadcast, MODULES) as (a, b):
+        romeo = await b.session("romeo")
+
+        def show(type_: str, origin: str) -> None:
+            from_ = f"juliet@{HOST}/desk"
+            shown = Envelope(
+                kind=PRESENCE, type=type_, origin=origin, from_jid=from_, to_jid=str(romeo.jid.bare),
+                stanza=f"<presence from='{from_}' type='{type_}'/>".encode(),
+            )  # fmt: skip
+            (a if type_ else b).routing.route(shown)
+
+        b.link.written.clear()
+        show("", "the next" if replaced else "this one")
+        show("unavailable", "this one")
+        await until(lambda: not len(a.forwarder) and not len(b.forwarder))
+        seen = [envelope.type for envelope in b.link.of(romeo)]
+        assert seen == ([""] if replaced else ["", "unavailable"])
+        show("unavailable", "the next")
+        await until(lambda: not len(a.forwarder) and not len(b.forwarder))
+        assert [envelope.type for envelope in b.link.of(romeo)][-1] == "unavailable"
