@@ -17,6 +17,7 @@ from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import SessionAttached, SessionBound, SessionProgress
 from tidings.kit.module import IQ, MESSAGE, NONZA
 from tidings.xmpp.jid import normal
+from tidings.xmpp.parser import parse_stanza
 
 if TYPE_CHECKING:
     from services.connector.router_link import RouterLink
@@ -183,6 +184,9 @@ class SessionCopy:
         record, number, kind = self.record, envelope.number, envelope.kind
         if record is None:
             return
+        if kind == IQ and envelope.type not in REQUESTS:
+            self._asked.pop((envelope.from_jid, envelope.id), None)
+            self._answered(record, envelope.from_jid, envelope.id)
         if self._delivered and envelope.delivery <= self._delivered[-1].delivery:
             return  # it is sent again, to a stream that has resumed
         record.sent = envelope.delivery
@@ -201,9 +205,6 @@ class SessionCopy:
                 self._delivered.popleft()
         if kind == MESSAGE and envelope.answers:
             self._came_back(envelope.answers)
-        if kind == IQ and envelope.type not in REQUESTS:
-            self._asked.pop((envelope.from_jid, envelope.id), None)
-            self._answered(envelope.from_jid, envelope.id)
 
     def _came_back(self, place: int) -> None:
         """Of the stanzas since bind, the message at this place: another router must not pass it on all the same."""
@@ -214,7 +215,13 @@ class SessionCopy:
                 self._sent[index] = sent._replace(answered=True)
                 return
 
-    def _answered(self, from_jid: str, id_: str) -> None:
+    def _answered(self, record: SessionRecord, from_jid: str, id_: str) -> None:
+        """A request has its answer: the client may send it again all the same, or has, and no router must deal with
+        it a second time."""
+        for one in record.unconfirmed:
+            if (one.kind, one.id) == (IQ, id_) and normal(one.to_jid) in (from_jid, "") and _is_request(one.stanza):
+                one.answered = True
+                break
         for index, sent in enumerate(self._sent):
             # Without `to` it was for the server or the account, and one of them has answered.
             if sent.kind == IQ and sent.id == id_ and sent.type in REQUESTS and normal(sent.to) in (from_jid, ""):
@@ -254,3 +261,7 @@ class SessionCopy:
             left = asked + IQ_DEADLINE - now
             if left > 0:
                 record.asked.append(AskedIq(to_jid=to, id=id_, left=left))
+
+
+def _is_request(raw: bytes) -> bool:
+    return parse_stanza(raw).attrs.get("type") in REQUESTS

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.connector.session_copy import Sent, SessionCopy
-from services.router.session_record import record_of
+from services.router.session_record import record_of, session_of
 from services.router.sessions import Session
 from tests.unit.router.memory_router import MemoryRouter, iq
 from tidings.api.common.v1.session_pb2 import SessionRecord
@@ -68,6 +68,36 @@ def test_what_a_client_sends_again_is_waited_for_only_if_it_was_before() -> None
     for id_ in "1234":
         copy.sent(request(id_))
     assert waited_for(copy) == ["2", "1", "4"]
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["then it comes again", "it has come again"])
+@pytest.mark.parametrize("to", ["", "example.org", "Romeo@Example.Org", JULIET])
+def test_what_is_answered_since_the_client_has_resumed_is_not_dealt_with_again(to: str, behind: bool) -> None:
+    """Drills, seed 524: its router was still at it when the client resumed, and died behind the answer. The next one
+    took the repeated request for one that nobody had dealt with."""
+    session = Session(ROMEO, "en", None, 1, nothing)
+    session.inbound.enable()
+    raws = [f"<iq type='{type_}' id='1' to='{to}'><x xmlns='y'/></iq>".encode() for type_ in ("result", "get")]
+    for raw in raws:
+        session.inbound.count(Counted(session.inbound.take(), IQ, "1", to, raw))
+    session.inbound.resume()
+    copy = SessionCopy("r1")
+    copy.begin(record_of(session, ()), b"")
+    sent = [Sent(IQ, type_, "1", to, ("x",), raw) for type_, raw in zip(("result", "get"), raws, strict=True)]
+    if not behind:
+        list(map(copy.sent, sent))
+    from_ = "romeo@example.org" if to in ("", "Romeo@Example.Org") else to
+    copy.delivered(Envelope(kind=IQ, type="result", id="1", from_jid=from_, delivery=1), b"<iq/>")
+    if behind:
+        list(map(copy.sent, sent))
+    record = SessionRecord()
+    copy._whole(record)
+    taken = session_of(record, 1, nothing, doubtful=True)
+    revived = []
+    for one in sent:
+        number = taken.inbound.repeated(one.kind, one.id, one.to, one.raw)
+        revived.append(taken.inbound.revived == number)
+    assert revived == [True, False], "the client's own answer, and its request"
 
 
 @pytest.fixture
