@@ -28,9 +28,11 @@ MAX_TAKEN = 2000
 # Messages that a client without XEP-0198 has not confirmed: of more, the oldest are forgotten, and wait in the store.
 # It stops a client that answers no ping from filling memory.
 MAX_DELIVERED = 1000
-# IQ requests whose answers are waited for, as at the router; and the seconds after which none is expected any more.
+# IQ requests whose answers are waited for, as at the router; the seconds after which that one answers itself; and
+# those behind that in which it may have stood still, and the next one has to.
 MAX_ASKED = 1000
 IQ_DEADLINE = 22.0
+OVERDUE = 30.0
 
 REQUESTS = ("get", "set")
 
@@ -259,8 +261,8 @@ class SessionCopy:
         now = time.monotonic()
         for (to, id_), asked in self._asked.items():
             left = asked + IQ_DEADLINE - now
-            if left > 0:
-                record.asked.append(AskedIq(to_jid=to, id=id_, left=left))
+            if left > -OVERDUE:
+                record.asked.append(AskedIq(to_jid=to, id=id_, left=max(0.0, left)))
 
 
 def _is_request(raw: bytes) -> bool:

@@ -3,6 +3,7 @@ one answer, or one error (RFC 6120 8.2.3)."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -98,6 +99,19 @@ def test_what_is_answered_since_the_client_has_resumed_is_not_dealt_with_again(t
         number = taken.inbound.repeated(one.kind, one.id, one.to, one.raw)
         revived.append(taken.inbound.revived == number)
     assert revived == [True, False], "the client's own answer, and its request"
+
+
+def test_a_request_whose_time_was_over_while_its_router_stood_still_is_the_next_ones_to_answer() -> None:
+    """Drills: it was in no record then, and nobody answered it."""
+    copy = SessionCopy("r1")
+    copy.begin(record_of(Session(ROMEO, "en", None, 1, nothing), ()), b"")
+    for id_ in "123":
+        copy.sent(request(id_))
+    now = time.monotonic()
+    copy._asked |= {(JULIET, "1"): now - 60.0, (JULIET, "2"): now - 25.0}
+    record = SessionRecord()
+    copy._whole(record)
+    assert [(one.id, one.left > 0) for one in record.asked] == [("2", False), ("3", True)]
 
 
 @pytest.fixture
