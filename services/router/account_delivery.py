@@ -148,14 +148,12 @@ class AccountDelivery:
 
     def _give_all(self, present: Sequence[Session], envelope: Envelope, waiter: Waiter | None) -> None:
         """A message to several sessions of one account."""
-        one = next(filter(goes_on, present), None)
-        safe = self._safety.given(
-            envelope, present[0].jid.bare, self._holder(present), waiter, passes=one is not None
-        )
+        those = [session for session in present if goes_on(session)]
+        safe = self._safety.given(envelope, present[0].jid.bare, self._holder(present), waiter, passes=bool(those))
         for receiver in present:
             self._deliveries.to_session(receiver, envelope)
-        if safe is not None and one is not None:
-            self._passing.when_passed(one, safe)
+        if safe is not None:
+            self._passing.when_all_have_passed(those, safe)
 
     def when_arrived(self, item: Item) -> Pending:
         """Of an item that no session here has taken: one of them may be arriving. Its router was told that it is."""

@@ -5,7 +5,8 @@ it would be lost if this router died."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from services.router.sessions import Session, Sessions, when_all_have_it
@@ -34,6 +35,19 @@ class Passing:
             self._spawn(self._wait(session), "what a session is not given yet")
         else:
             when_all_have_it(session, then)
+
+    def when_all_have_passed(self, sessions: Iterable[Session], then: Callable[[bool], None]) -> None:
+        """The same for several that were given the same, with whether each has a copy: one that goes on elsewhere
+        without it would get it behind what its sender writes next."""
+        for session in sessions:
+            then = partial(self._if_copied, session, then)
+        then(True)
+
+    def _if_copied(self, session: Session, then: Callable[[bool], None], copied: bool) -> None:
+        if copied:
+            self.when_passed(session, then)
+        else:
+            then(False)
 
     async def _wait(self, session: Session) -> None:
         try:

@@ -63,13 +63,23 @@ async def test_it_is_safe_when_the_copy_has_it(router: MemoryRouter, bare: bool)
     assert romeo.inbound.h == 1
 
 
-async def test_of_several_sessions_one_must_have_it(router: MemoryRouter) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+async def test_of_several_sessions_all_must_have_it_that_go_on(router: MemoryRouter, first: int) -> None:
+    """Drills, seed 0: one had it, so its sender's router forgot it; the router of both stood still, and the other one
+    got it from the store, behind what the sender had written since."""
     romeo, juliet, holder = await two(router)
-    phone = await router.session("juliet", "phone")
+    phone, watch = await router.session("juliet", "phone"), await router.session("juliet", "watch")
+    phone.inbound.enable()
+    other: Any = Holder()
+    phone.holder = other
     await router.send(romeo, message("1", str(juliet.jid.bare), "headline"))
-    assert router.link.bodies(phone) == holder.had == ["1"]
+    assert router.link.bodies(watch) == holder.had == other.had == ["1"]
+    holders = holder, other
+    for _ in range(2):
+        holders[first].answer()
     assert romeo.inbound.h == 0
-    holder.answer()
+    holders[not first].answer()
+    holders[first].answer()
     assert romeo.inbound.h == 1
 
 
