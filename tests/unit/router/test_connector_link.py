@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -144,13 +144,6 @@ class Attached:
         event.stanza.id = "1"
         event.stanza.children.append("{x}q")
         self.link.receive(AttachRequest(events=[event]))
-
-
-@pytest.fixture
-async def attached() -> AsyncIterator[Attached]:
-    made = Attached()
-    yield made
-    await made.router.stop()
 
 
 @pytest.mark.parametrize("kind", [IQ, NONZA])

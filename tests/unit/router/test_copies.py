@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -96,13 +96,6 @@ class House:
     def others(self, session: Session) -> tuple[Link, Link]:
         """Who holds the copy, and who of the other two hosts does not."""
         return (self.b, self.c) if session.holder is self.b else (self.c, self.b)  # type: ignore[comparison-overlap]
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    tasks = Tasks()
-    yield House(tasks)
-    await tasks.stop()
 
 
 async def test_a_holder_that_says_nothing_is_replaced_and_what_has_waited_goes_on_behind_the_next_one(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,14 +11,6 @@ from services.router import old_copies
 from services.router.sessions import Session
 from tests.unit.router.nodes import soon
 from tests.unit.router.test_copies import House
-from tidings.kit.tasks import Tasks
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[House]:
-    tasks = Tasks()
-    yield House(tasks)
-    await tasks.stop()
 
 
 async def test_a_connector_that_ends_before_it_has_forgotten_a_copy_has_not_said_so(

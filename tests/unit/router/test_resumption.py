@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -22,13 +21,6 @@ from tidings.kit.module import IQ, MESSAGE, NONZA
 from tidings.xmpp import ns
 from tidings.xmpp.jid import Jid
 from tidings.xmpp.stream_management import ACK, ENABLE, RESUME
-
-
-@pytest.fixture
-async def attached() -> AsyncIterator[Attached]:
-    made = Attached()
-    yield made
-    await made.router.stop()
 
 
 def nonza(attached: Attached, session: Session, name: str, h: str = "", attributes: str = "") -> None:

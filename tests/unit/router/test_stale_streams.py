@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +12,6 @@ from tests.unit.router.test_connector_link import Attached
 from tests.unit.router.test_resumption import answer, closed, got, resumable, resume, sent
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.api.router.v1.router_pb2 import AttachRequest, SessionAttach, StreamEvent
-
-
-@pytest.fixture
-async def attached() -> AsyncIterator[Attached]:
-    made = Attached()
-    yield made
-    await made.router.stop()
 
 
 async def test_what_the_old_stream_still_brings_is_not_of_the_resumed_session(attached: Attached) -> None:
