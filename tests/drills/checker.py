@@ -1,5 +1,5 @@
 """History in, verdict out: was the promise kept? Pure. Each rule stands beside the sentence of docs/guarantees.md
-that it checks, and has in test_checker.py a history that must fail it and a twin that must pass.
+that it checks, and has in test_checker*.py a history that must fail it and a twin that must pass.
 
 What the history leaves open is not a fault: a session that still waits for its resumption, an answer whose time is
 not over. `patient=False` counts it as one: a drill is settled when even that finds nothing.
