@@ -241,6 +241,8 @@ class AccountDelivery:
 
     async def _ask_table(self, item: Item) -> None:
         try:
+            if item.payload.kind == MESSAGE:
+                await self._safety.safe_elsewhere(item.flow)
             nodes = await self._where(item)
             if _is_goodbye(item.payload) and await self._is_replaced(item.payload):
                 return

@@ -167,7 +167,7 @@ class Router:
         self._adoption.wait, self._adoption.acknowledged = resumption.wait, safety.acknowledged
         resumption.send_on = negotiator.send_to_session
         routing.on_answer = self._acknowledgements.is_answer
-        safety.waiting_elsewhere = self._links.unsafe_bytes
+        safety.waiting_elsewhere, safety.is_unsafe_elsewhere = self._links.unsafe_bytes, self._links.is_unsafe
         routing.deliveries.on_full = self._end_full
         routing.deliveries.withholds = safety.waits
         routing.deliveries.kept_as = safety.kept_as

@@ -7,6 +7,7 @@ calls: it ends when the other router's incarnation has left the view.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -126,6 +127,10 @@ class ForwardLinks:
     def unsafe_bytes(self) -> int:
         """What other routers have of messages that senders here wait for."""
         return sum(link.unsafe_bytes for link in self._outgoing.values())
+
+    def is_unsafe(self, flow: tuple[str, ...]) -> bool:
+        """Whether another router has taken something of a flow, and has not said that it is safe."""
+        return any(flow in islice(link.unsafe_since(math.inf), MOST_SLOW) for link in self._outgoing.values())
 
     # --- calls ---
 

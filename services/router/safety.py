@@ -72,6 +72,8 @@ class Safety:
         self.on_confirmed: list[Callable[[Session, Sequence[bytes]], None]] = []
         # Bytes of messages that other routers have and have not said to be safe.
         self.waiting_elsewhere: Callable[[], int] = lambda: 0
+        # Whether another router has taken something of a flow, and has not said that it is safe.
+        self.is_unsafe_elsewhere: Callable[[tuple[str, ...]], bool] = lambda _flow: False
         # What ends the waiting of sessions that send nothing until the database has caught up.
         self._relieved: asyncio.Future[None] | None = None
         # The message that was looked at last, for which account, and its id if it is kept: each is asked for again at
@@ -275,6 +277,14 @@ class Safety:
         with suppress(TimeoutError):
             async with asyncio.timeout(OFFERED):
                 while self._messages.is_writing_for(account) or self.offers.owes(account):  # noqa: ASYNC110 - soon
+                    await asyncio.sleep(SOON)
+
+    async def safe_elsewhere(self, flow: tuple[str, ...]) -> None:
+        """Waits, not for long, until what other routers have taken of a flow is safe: one may have given it to a
+        session that has just ended, and stores it. What comes behind it goes elsewhere, and must not come first."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(OFFERED):
+                while self.is_unsafe_elsewhere(flow) and not self._messages.away:  # noqa: ASYNC110 - soon
                     await asyncio.sleep(SOON)
 
     def acknowledged(self, session: Session, what: list[Envelope | bytes]) -> None:

@@ -393,9 +393,9 @@ class Forwarder:
             if not self._senders[sender]:
                 del self._senders[sender]
 
-    def _must_wait(self, flow: Flow | None, plan: Plan) -> bool:
-        """What is on its way to somewhere else must be dealt with first; nor is more sent than can be taken."""
-        if flow is not None and flow.outstanding and (plan != flow.plan or flow.outstanding >= MAX_OUTSTANDING):
+    def _must_wait(self, flow: Flow | None, plan: Plan, missed: int = 0) -> bool:
+        """What goes elsewhere, or (`missed`) where the table says, goes behind all the rest; nor is too much sent."""
+        if flow is not None and (out := flow.outstanding) and (missed or plan != flow.plan or out >= MAX_OUTSTANDING):
             return True
         return bool(plan.decides or plan.nodes) and self._port.crowded(plan)
 
@@ -466,7 +466,7 @@ class Forwarder:
             plan = HERE
             if item.mode is Mode.DECIDE:
                 plan = self._strategy.locate(item.account, item.resource)
-                if self._must_wait(flow, plan) or (self.doubts and self._is_doubtful(flow.key, plan)):
+                if self._must_wait(flow, plan, item.missed) or (self.doubts and self._is_doubtful(flow.key, plan)):
                     return
             flow.queue.popleft()
             if plan.decides or (item.source and self._goes_behind(item)):

@@ -112,6 +112,26 @@ def test_what_nobody_has_taken_waits_for_the_last_answer() -> None:
     assert port.decided == [0, 0, 1], "decided anew, for nobody took it; then the next one"
 
 
+def test_what_was_missed_waits_until_what_went_before_it_is_dealt_with() -> None:
+    """It may go elsewhere than the strategy says. Drills, LONG, seed 1: what was for a full JID that had just gone was
+    under way as if it were for the account, and the next one to that full JID found its new session first."""
+    forwarder, port = forwarding(Plan(nodes=("a",)))
+    forwarder.run(item(0))
+    forwarder.run(item(1))
+
+    def decide(item: Item, plan: Plan) -> Pending:
+        port.decided.append(item.payload)
+        if item.payload == 0:
+            forwarder.copies(item, plan, False)
+
+    port.decide = decide  # type: ignore[method-assign]
+    port.answers("a", 0, taken=False)
+    port.answers("a", 1, taken=False)
+    assert port.decided == [0, 1, 0]
+    forwarder.taken(port.sent[-1][2])
+    assert port.decided == [0, 1, 0, 1]
+
+
 def test_on_a_crowded_link_nothing_more_is_put_until_it_has_room() -> None:
     forwarder, port = forwarding(Plan(decides="a"))
     forwarder.run(item(0))
