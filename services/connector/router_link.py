@@ -260,11 +260,9 @@ class RouterLinks:
     async def _try(self, link: RouterLink) -> float:
         """One call; the seconds until the next one."""
         node = link.node
-        why, answered = await why_ended(self._attach(link), lambda why: self._member.report(node, why))
-        if answered:
-            self._member.reaches(node)  # though it does not serve yet, or no longer
+        why, refusal = await why_ended(self._attach(link), node, self._member)
         log.debug("router_link_down", router=node.hostname, reason=why)
-        return SOON if answered else RETRY
+        return SOON if refusal is not None else RETRY
 
     async def _attach(self, link: RouterLink) -> None:
         node, outbox = link.node, link.outbox

@@ -137,9 +137,7 @@ class ForwardLinks:
     async def _keep(self, link: OutgoingLink) -> None:
         node = link.node
         while True:
-            why, answered = await why_ended(self._forward(link), lambda why: self._member.report(node, why))
-            if answered:
-                self._member.reaches(node)
+            why, _ = await why_ended(self._forward(link), node, self._member)
             link.up = False
             log.debug("forward_link_down", router=node.hostname, reason=why)
             await asyncio.sleep(RETRY)

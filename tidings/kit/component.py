@@ -23,12 +23,11 @@ from tidings.api.common.v1.stanza_pb2 import Envelope, Feed
 from tidings.api.component.v1 import component_pb2 as pb
 from tidings.api.component.v1.component_pb2_grpc import ComponentServiceStub
 from tidings.cluster.node import Node, NodeState
-from tidings.kit.link import INTERVAL, Outbox, Overflow
+from tidings.kit.link import INTERVAL, Outbox, Overflow, why_ended
 from tidings.kit.logging import get_logger
 from tidings.kit.module import IQ, KIND_NAMES, MESSAGE, PRESENCE, Stanza
-from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.service import Context
-from tidings.kit.tasks import Tasks, is_cancelled
+from tidings.kit.tasks import Tasks
 from tidings.xmpp import ns
 from tidings.xmpp.errors import StanzaError
 from tidings.xmpp.stanza import attribute, error_stanza, iq_result, quoteattr
@@ -140,27 +139,13 @@ class Component:
         """Stays attached to a router until cancelled: it has failed or is gone."""
         told = False
         while True:
-            try:
-                await self._attach(node)
-            except (grpc.RpcError, TimeoutError) as error:
-                # A refusal has a reason and is worth an error, once; all else passes.
-                refusal = error_detail(error) if isinstance(error, grpc.RpcError) else None
-                final = refusal is not None and refusal.reason != ErrorReason.ERROR_REASON_NOT_SERVING
-                (log.error if final and not told else log.debug)(
-                    "component_not_attached",
-                    component=self.name,
-                    router=node.hostname,
-                    reason=describe(error) if isinstance(error, grpc.RpcError) else "no answer",
-                )
-                told = told or final
-                if refusal is None:
-                    self.context.member.report(node, "a component could not attach")
-                else:
-                    self.context.member.reaches(node)
-            except asyncio.CancelledError:
-                if is_cancelled():
-                    raise
-                log.debug("component_detached", component=self.name, router=node.hostname)  # this side ended the call
+            why, refusal = await why_ended(self._attach(node), node, self.context.member)
+            # A refusal has a reason and is worth an error, once; all else passes.
+            final = refusal is not None and refusal.reason != ErrorReason.ERROR_REASON_NOT_SERVING
+            (log.error if final and not told else log.debug)(
+                "component_not_attached", component=self.name, router=node.hostname, reason=why
+            )
+            told = told or final
             await asyncio.sleep(RETRY)
 
     async def _attach(self, node: Node) -> None:

@@ -15,7 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
+from tidings.api.common.v1.error_pb2 import ErrorDetail
 from tidings.api.common.v1.stanza_pb2 import Envelope
+from tidings.cluster.node import Node
 from tidings.kit.logging import get_logger
 from tidings.kit.rpc_errors import describe, error_detail
 from tidings.kit.tasks import is_cancelled
@@ -332,27 +334,39 @@ class Outbox(Generic[B]):
         return True
 
 
-async def why_ended(call: Awaitable[None], report: Callable[[str], Any]) -> tuple[str, bool]:
-    """Carries out one call of a link: why it ended, for people, and whether its peer has said so. `report` is told
-    when the peer has not answered: it may be gone."""
+class Membership(Protocol):
+    """Who is told what calls say of nodes (`tidings.kit.membership.Member`)."""
+
+    def reaches(self, node: Node) -> None:
+        """It has answered."""
+
+    def report(self, node: Node, observation: str) -> None:
+        """It has not, and may be gone."""
+
+
+async def why_ended(call: Awaitable[None], node: Node, member: Membership) -> tuple[str, ErrorDetail | None]:
+    """Carries out one call of a link to a node: why it ended, for people, and the node's own reason if it gave one.
+    Who refuses has answered, and is reached: one that has joined does not serve at once."""
     try:
         await call
     except grpc.RpcError as error:
-        why, answered = describe(error), error_detail(error) is not None
-        if not answered:
-            report(why)
-        return why, answered
+        why, refusal = describe(error), error_detail(error)
+        if refusal is None:
+            member.report(node, why)
+        else:
+            member.reaches(node)
+        return why, refusal
     except Gap as error:
-        return str(error), False
+        return str(error), None
     except (TimeoutError, OSError) as error:
         why = str(error) or "no answer"
-        report(why)
-        return why, False
+        member.report(node, why)
+        return why, None
     except asyncio.CancelledError:
         if is_cancelled():
             raise
-        return "this side has ended the call", False
-    return "the call ended", False
+        return "this side has ended the call", None
+    return "the call ended", None
 
 
 def in_order(envelopes: Any, items: Any) -> Iterator[Envelope | Any]:
