@@ -36,8 +36,11 @@ LOOK = 1.0
 # after two (resumption.SILENCE).
 BEAT = 0.1
 STILL = 1.5
-# Seconds for the database to say what is still here: while it is away nothing is taken over.
+# Seconds for the database to say what is still here: while it is away nothing is taken over. Behind a standstill it
+# may only seem to be away, for its connections have stood still too; and behind a long one much has been taken over,
+# before it went away if it has.
 ASK_TIMEOUT = 1.0
+LONG = 5.0
 
 
 def taken(epoch: int, session: str) -> bytes:
@@ -68,7 +71,9 @@ class TakenOver:
         self._dismiss = dismiss
         self._spawn = spawn
         self._beat = time.monotonic()
+        # What is waited for behind a standstill, and what may go on behind that.
         self._looking: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     # --- it stood still ---
 
@@ -83,7 +88,8 @@ class TakenOver:
         still, self._beat = now - self._beat, now
         if still > STILL and self._looking is None:
             log.warning("stood_still", seconds=round(still, 1))
-            self._looking = self._spawn(self._look_in_time(), "what is left behind a standstill")
+            patience = LONG if still > LONG else ASK_TIMEOUT
+            self._looking = self._spawn(self._look_in_time(patience), "what is left behind a standstill")
         return self._looking is not None
 
     async def looked(self) -> None:
@@ -91,11 +97,17 @@ class TakenOver:
         if self._looking is not None:
             await asyncio.wait({self._looking})
 
-    async def _look_in_time(self) -> None:
+    async def _look_in_time(self, patience: float) -> None:
+        if self._asking is None or self._asking.done():
+            self._asking = self._spawn(self._look_until_answered(), "sessions that were taken over")
         try:
-            await asyncio.wait({self._spawn(self.look(), "sessions that were taken over")}, timeout=ASK_TIMEOUT)
+            await asyncio.wait({self._asking}, timeout=patience)
         finally:
             self._looking = None
+
+    async def _look_until_answered(self) -> None:
+        while not await self.look():  # noqa: ASYNC110 - it is asked anew
+            await asyncio.sleep(BEAT)
 
     async def beat(self) -> None:
         self._beat = time.monotonic()
@@ -114,15 +126,16 @@ class TakenOver:
                 await self.look()
             was_cut = cut
 
-    async def look(self) -> None:
-        """Ends those whose rows are another router's, or gone."""
+    async def look(self) -> bool:
+        """Ends those whose rows are another router's, or gone. Whether the database has answered."""
         # Before the table is asked: who comes meanwhile may not be in what it says.
         here = [session for session in self._sessions if self._is_here(session)]
         try:
             rows = await self._table.ids_of_router(self._own)
         except DatabaseAway:
-            return
+            return False
         await self._end_all_but(rows, here)
+        return True
 
     async def check(self, account: str) -> None:
         """The same for one account, before something is given to a session of it whose connector is out of reach."""

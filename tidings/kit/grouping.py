@@ -48,6 +48,7 @@ class Grouping(Generic[T, R]):
             for _, done in group:
                 if not done.done():
                     done.set_exception(error)
+                    done.exception()  # who has ceased to wait does not miss it
         else:
             for (_, done), result in zip(group, results, strict=True):
                 if not done.done():

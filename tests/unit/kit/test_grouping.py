@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 
 import pytest
@@ -58,3 +59,19 @@ async def test_who_waits_no_longer_takes_nobody_along() -> None:
         await first
     doubling.gate.set()
     assert await second == 4
+
+
+async def test_an_error_that_nobody_waits_for_any_more_is_no_complaint() -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
+    doubling = Doubling()
+    first, second, third = (asyncio.ensure_future(doubling.grouping.do(number)) for number in (1, 0, 2))
+    await asyncio.sleep(0)
+    third.cancel()
+    doubling.gate.set()
+    results = await asyncio.gather(first, second, third, return_exceptions=True)
+    assert [type(result) for result in results] == [int, ValueError, asyncio.CancelledError]
+    del first, second, third, results
+    await asyncio.sleep(0)
+    gc.collect()
+    assert complaints == []

@@ -99,9 +99,10 @@ async def test_it_is_looked_while_something_is_cut_off_and_once_behind_that(
     monkeypatch.setattr("services.router.taken_over.LOOK", 0.001)
     looks: list[bool] = []
 
-    async def look() -> None:
+    async def look() -> bool:
         looks.append(bench.cut)
         bench.cut = len(looks) < 3
+        return True
 
     passes: list[None] = []
 
@@ -159,6 +160,29 @@ async def test_a_database_that_is_away_holds_nothing_up_for_long(
     assert bench.dismissed == []
     asked.set()
     await until(lambda: len(bench.dismissed) == 1, timeout=5.0)
+
+
+async def test_a_database_that_seems_to_be_away_behind_a_standstill_is_asked_until_it_answers(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections have stood still too. Drills, LONG, seed 4: what the client had written to a router that hung for
+    a minute, and had sent again to the next one, was dealt with when the first one woke."""
+    juliet = await bench.router.session("juliet")
+    await bench.loses(juliet)
+    ids_of_router = bench.router.stores.table.ids_of_router
+    answers = [False, False, True]
+
+    async def at_first_silent(router: str) -> set[str]:
+        if answers.pop(0):
+            return await ids_of_router(router)
+        raise DatabaseAway("it did not answer in time")
+
+    monkeypatch.setattr(bench.router.stores.table, "ids_of_router", at_first_silent)
+    bench.taken_over._beat -= 60.0
+    looking = bench.taken_over.stood_still()
+    assert looking is not None
+    await looking
+    assert bench.dismissed == [juliet]
 
 
 async def test_what_is_committed_at_the_moment_of_waking_is_safe_when_that_is_known(bench: Bench) -> None:
