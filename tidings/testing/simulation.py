@@ -9,15 +9,17 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from tidings.cluster.forwarding import Forwarder, Item, Mode, Pending, Sent
 from tidings.cluster.node import Node, NodeState
 from tidings.cluster.strategy import Factory, Plan
 from tidings.cluster.view import ClusterView
+from tidings.testing.simulated_link import RESEND, Link, Message
 
-# Simulated seconds: the longest that a view may be late, and between two attempts to send what is not confirmed.
+# Simulated seconds: the longest that a view may be late, and that the table of sessions takes to answer.
 VIEW_LAG = 10.0
-RESEND = 0.3
+LOOK_UP = 0.05
 # One message may be sent between routers so often; more would be a loop.
 MOST_HOPS = 40
 
@@ -26,6 +28,8 @@ MOST_HOPS = 40
 class Session:
     account: str
     resource: str
+    # The first one of its full JID, the second one, …
+    start: int = 1
     # What it has got: (sender, number); and the last number that it took from each sender, which moves with it.
     got: list[tuple[str, int]] = field(default_factory=list)
     taken: dict[str, int] = field(default_factory=dict)
@@ -33,11 +37,23 @@ class Session:
     moving: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    sender: str
-    number: int
-    to: str
+class LookUp:
+    """A question to the table of sessions."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._then: list[Callable[[], None]] = []
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        if self.is_over:
+            then()
+        else:
+            self._then.append(then)
+
+    def end(self) -> None:
+        self.is_over = True
+        for then in self._then:
+            then()
 
 
 class World:
@@ -54,12 +70,14 @@ class World:
         self.version = 0
         # Full JID -> (router, session); the truth about who owns it.
         self.table: dict[str, tuple[str, Session]] = {}
-        self.store: dict[str, set[tuple[str, int]]] = {}
-        self.stored_order: dict[str, list[tuple[str, int]]] = {}
+        # By account, what waits for its next session.
+        self.store: dict[str, list[Message]] = {}
         self.sessions: list[Session] = []
         self.sent: list[Message] = []
         # Messages whose router has crashed with them, or whose receiver's router has: no promise.
         self.excused: set[tuple[str, int]] = set()
+        # Those for a session that had gone: they fall to its others, in no order with what those have had.
+        self.fell: set[tuple[str, int]] = set()
         self.hops: dict[tuple[str, int], int] = {}
         # Messages that came twice to a session, which did not take them again; times that the table was asked.
         self.doubles = 0
@@ -105,6 +123,24 @@ class World:
         self.nodes[name] = Node(name, node.incarnation, "127.0.0.1", 5777, ("router",), NodeState.DRAINING)
         self.announce()
 
+    def stand_still(self, name: str, seconds: float) -> None:
+        """A router does nothing for a while; its clients log in elsewhere. When it wakes it asks the table first."""
+        router = self.routers[self.nodes[name].incarnation]
+        router.still = True
+        for jid, (owner, session) in list(self.table.items()):
+            if owner == router.own and not session.moving:
+                del self.table[jid]
+                log_in = partial(self.log_in, session.account, session.resource)
+                self.later(self.random.uniform(0, 2 * seconds), log_in)
+
+        def wake() -> None:
+            router.still = False
+            for jid, session in list(router.here.items()):
+                if self.table.get(jid) != (router.own, session):
+                    router.close(session)
+
+        self.later(seconds, wake)
+
     def gone(self, name: str, crash: bool) -> None:
         node = self.nodes.pop(name)
         router = self.routers.pop(node.incarnation)
@@ -121,25 +157,44 @@ class World:
 
     def log_in(self, account: str, resource: str) -> None:
         """At a router of chance; the strategy may want it elsewhere."""
-        session = Session(account, resource)
+        before = [one for one in self.sessions if (one.account, one.resource) == (account, resource)]
+        session = Session(account, resource, len(before) + 1)
         self.sessions.append(session)
-        at = self.random.choice([r for r in self.routers.values() if r.serving])
-        keeper = at.strategy.keeper(account) or at.own
-        at = self.routers.get(keeper, at)
+        at = self.random.choice([r for r in self.routers.values() if r.serving and not r.still])
+        keeper = self.routers.get(at.strategy.keeper(account))
+        at = keeper if keeper is not None and not keeper.still else at
         self.table[f"{account}/{resource}"] = (at.own, session)
         at.open(session)
+        for message in self.store.pop(account, ()):
+            at.to_session(session, message)
 
     def log_out(self, jid: str) -> None:
         owner, session = self.table.pop(jid)
         self.routers[owner].close(session)
 
+    def come_back(self, jid: str, after: float) -> None:
+        """A client loses its stream, and logs in again, elsewhere."""
+        if jid in self.table:
+            self.log_out(jid)
+            account, _, resource = jid.partition("/")
+            self.later(after, lambda: self.log_in(account, resource))
+
+    def keep(self, account: str, message: Message) -> None:
+        """What nobody has taken is stored, and offered to whoever has come meanwhile."""
+        there = [entry for entry in self.table.values() if entry[1].account == account]
+        for owner, session in there:
+            self.routers[owner].to_session(session, message)
+        if not there:
+            self.store.setdefault(account, []).append(message)
+
     def say(self, sender: str, to: str) -> None:
         """The session of a sender's full JID writes to a JID."""
         owner, session = self.table[sender]
-        if session.moving:
+        if session.moving or self.routers[owner].still:
             return
-        self.numbers[sender] = number = self.numbers.get(sender, 0) + 1
-        message = Message(sender, number, to)
+        name = f"{sender}#{session.start}"
+        self.numbers[name] = number = self.numbers.get(name, 0) + 1
+        message = Message(name, number, to)
         self.sent.append(message)
         self.routers[owner].say(message)
 
@@ -151,6 +206,7 @@ class Router:
         self.world = world
         self.own = own
         self.alive = True
+        self.still = False
         self.here: dict[str, Session] = {}
         # By full JID: sessions that stand still to be handed over, with what has come for them since; and those that
         # came from another router (which), with what has come here before that one gives what came there.
@@ -169,7 +225,9 @@ class Router:
     # --- what it hears ---
 
     def learn(self, view: ClusterView) -> None:
-        if not self.alive or view.version <= self.forwarder.view.version:
+        if self.still:
+            self.world.later(RESEND, lambda: self.learn(view))
+        if not self.alive or self.still or view.version <= self.forwarder.view.version:
             return
         self.forwarder.view_changed(view)
         for node in [node for node in self.links if view.by_incarnation(node) is None]:
@@ -199,7 +257,9 @@ class Router:
 
         def go_on() -> None:
             session = self.here.get(jid)
-            if self.alive and session is not None:
+            if self.still:
+                self.world.later(RESEND, go_on)
+            elif self.alive and session is not None:
                 step(jid, session, keeper)
 
         self.world.later(self.world.random.uniform(0.01, longest), go_on)
@@ -268,43 +328,73 @@ class Router:
         waiting += [link.unanswered() for link in self.links.values()]
         self.world.excused.update((message.sender, message.number) for messages in waiting for message in messages)
         for message in self.world.sent:
-            if message.sender in self.here:
+            if message.sender.partition("#")[0] in self.here:
                 self.world.excused.add((message.sender, message.number))
 
     # --- stanzas ---
 
     def say(self, message: Message) -> None:
         account, _, resource = message.to.partition("/")
-        self.forwarder.run(Item((message.sender.partition("/")[0], account), account, resource, message))
+        item = Item((message.sender.partition("/")[0], account), account, resource, message)
+        pending = self.forwarder.run(item)
+        if pending is not None:
+            self.forwarder.hold(item, pending)
 
     def decide(self, item: Item, plan: Plan) -> Pending:
         if item.mode is Mode.NOTE:
             item.taken = self._given(*item.payload[1])
             return None
+        if item.missed:
+            return self._look_up(item)
         message: Message = item.payload
         receivers = self._matching(item)
         for session in receivers:
-            self._to_session(session, message)
+            self.to_session(session, message)
         if item.mode is Mode.SESSIONS:
             item.taken = bool(receivers)
             return None
-        if plan.nodes and item.missed == 0:
+        if plan.nodes:
             self.forwarder.copies(item, plan, bool(receivers))
         elif not receivers:
-            self._absent(item)
+            return self._look_up(item)
         return None
 
-    def _absent(self, item: Item) -> None:
-        """Nobody took it: the table says whether somebody could; else it is stored."""
-        where = {owner for jid, (owner, _) in self.world.table.items() if jid.startswith(f"{item.account}/")}
-        where.discard(self.own)
-        self.world.asked += bool(where)
-        if item.missed < 2 and where:
+    def _look_up(self, item: Item) -> Pending:
+        """Nobody took it: the table says whether somebody could."""
+        question = LookUp()
+
+        def answer() -> None:
+            if self.still:
+                self.world.later(LOOK_UP, answer)
+                return
+            rest = self._looked_up(item) if self.alive else None
+            if rest is None:
+                question.end()
+            else:
+                rest.when_over(question.end)
+
+        self.world.later(self.world.random.uniform(0, LOOK_UP), answer)
+        return question
+
+    def _looked_up(self, item: Item) -> Pending:
+        table = self.world.table
+        where = {table[jid][0] for jid in table if jid.startswith(f"{item.account}/{item.resource}")}
+        elsewhere = tuple(sorted(where - {self.own}))
+        self.world.asked += bool(elsewhere)
+        if item.missed < 2 and elsewhere:
             item.missed = 2
-            self.forwarder.copies(item, Plan(nodes=tuple(sorted(where)), certain=False), False)
-            return
-        message: Message = item.payload
-        self.world.store.setdefault(item.account, set()).add((message.sender, message.number))
+            self.forwarder.copies(item, Plan(nodes=elsewhere, certain=False), False)
+        elif item.missed < 2 and (receivers := self._matching(item)):
+            for session in receivers:
+                self.to_session(session, item.payload)
+        elif item.resource:
+            # As if it were for the account (RFC 6121 8.5.3.2.1).
+            item.resource, item.missed = "", 0
+            self.world.fell.add((item.payload.sender, item.payload.number))
+            return self.decide(item, self.strategy.locate(item.account, ""))
+        else:
+            self.world.keep(item.account, item.payload)
+        return None
 
     def _matching(self, item: Item) -> list[Session]:
         if item.resource:
@@ -312,7 +402,7 @@ class Router:
             return [match] if match else []
         return [session for session in self.here.values() if session.account == item.account]
 
-    def _to_session(self, session: Session, message: Message) -> None:
+    def to_session(self, session: Session, message: Message) -> None:
         jid = f"{session.account}/{session.resource}"
         if jid in self.early:
             self.early[jid][1].append(message)
@@ -324,6 +414,9 @@ class Router:
     def _give(self, session: Session, message: Message) -> None:
         if message.number <= session.taken.get(message.sender, 0):
             self.world.doubles += 1
+            name = (message.sender, message.number)
+            if name in self.world.fell and message.to != f"{session.account}/{session.resource}":
+                self.world.excused.add(name)
             return
         session.taken[message.sender] = message.number
         session.got.append((message.sender, message.number))
@@ -346,92 +439,13 @@ class Router:
         return False
 
     def wait(self, pending: Pending, then: Callable[[], None]) -> None:
-        raise AssertionError("nothing here takes time")
+        pending.when_over(then)
 
     def overflowed(self, item: Item) -> None:
-        self.world.store.setdefault(item.account, set()).add((item.payload.sender, item.payload.number))
+        self.world.keep(item.account, item.payload)
 
     def tell(self, node: str, note: bytes) -> None:
         self.forwarder.tell(node, note)
 
     def sessions(self) -> list[str]:
         return list(self.here)
-
-
-class Link:
-    """Numbered packets to one router over a network that delays, doubles, reorders and drops."""
-
-    def __init__(self, router: Router, node: str) -> None:
-        self.router = router
-        self.node = node
-        self.world = router.world
-        self.next = 0
-        self.packets: dict[int, tuple[Item, Sent, int, int]] = {}
-        self.waiting: dict[int, Sent] = {}
-        self.expected = 1
-        self.arrived: dict[int, Callable[[], None]] = {}
-        self.answers: dict[int, tuple[bool, int]] = {}
-        self.answered = 1
-        self.over = False
-
-    def unanswered(self) -> list[Message]:
-        """The messages in what it has sent and that was not answered."""
-        payloads = [sent.item.payload for sent in self.waiting.values() if sent.item.mode is not Mode.STRATEGY]
-        return [message for it in payloads for message in ([it] if isinstance(it, Message) else it[1][1])]
-
-    def send(self, item: Item, sent: Sent, version: int, seen: int) -> None:
-        self.next += 1
-        self.packets[self.next] = (item, sent, version, seen)
-        self.waiting[self.next] = sent
-        self._transmit(self.next)
-
-    def _transmit(self, number: int) -> None:
-        if self.over or not self.router.alive or number not in self.packets:
-            return
-        chance = self.world.random
-        for _ in range(chance.choice((0, 1, 1, 1, 1, 2))):
-            self.world.later(chance.expovariate(20), lambda: self._arrive(number))
-        self.world.later(RESEND, lambda: self._transmit(number))
-
-    def _arrive(self, number: int) -> None:
-        target = self.world.routers.get(self.node)
-        if self.over or target is None or not target.alive:
-            return
-        if number < self.expected or number not in self.packets:
-            return
-        item, _, version, seen = self.packets[number]
-        self.arrived[number] = lambda: self._take(target, number, item, version, seen)
-        while self.expected in self.arrived:
-            self.arrived.pop(self.expected)()
-            self.expected += 1
-
-    def _take(self, target: Router, number: int, item: Item, version: int, seen: int) -> None:
-        self.packets.pop(number, None)
-
-        def answer(done: Item) -> None:
-            refused = not done.taken
-            by = target.forwarder.view.version if done.mode is Mode.DECIDE else 0
-            self.world.later(self.world.random.expovariate(20), lambda: self._answer(number, refused, by))
-
-        copy = Item(
-            item.flow, item.account, item.resource, item.payload, item.mode, source=self.router.own, answer=answer
-        )
-        target.forwarder.incoming(copy, version, seen)
-
-    def _answer(self, number: int, refused: bool, version: int) -> None:
-        """Answers are taken in the order of what they answer, as on a real link."""
-        self.answers[number] = (refused, version)
-        while self.answered in self.answers and not self.over and self.router.alive:
-            was_refused, by = self.answers.pop(self.answered)
-            sent = self.waiting.pop(self.answered)
-            self.answered += 1
-            if was_refused:
-                self.router.forwarder.refused(sent, by)
-            else:
-                self.router.forwarder.taken(sent)
-
-    def end(self) -> None:
-        self.over = True
-        waiting, self.waiting = self.waiting, {}
-        for sent in waiting.values():
-            self.router.forwarder.lost(sent)

@@ -8,10 +8,10 @@
 Several routers are simulated, each with the real forwarding (`tidings.cluster.forwarding`) and one instance of
 the strategy, over a network that delays, doubles, reorders and drops; views reach the routers up to ten
 seconds apart, and sessions are handed over step by step, so that for a while two routers have each. Accounts
-send each other numbered messages while routers join, leave, crash and come back. In the end: each message of a
-router that lived was delivered or is stored, no session has one twice, order is kept from each sender to each
-session, nothing went round and round, and once all is quiet a message reaches whoever is there at once. Time is
-simulated: a run takes some hundred milliseconds.
+send each other numbered messages while routers join, leave, crash, come back and stand still, and clients come
+back elsewhere. In the end: each message of a router that lived was delivered or is stored, no session has one
+twice, order is kept from each sender to each session, nothing went round and round, and once all is quiet a
+message reaches whoever is there at once. Time is simulated: a run takes some hundred milliseconds.
 """
 
 from __future__ import annotations
@@ -99,6 +99,20 @@ def _log_ins(world: World) -> None:
         world.later(4 + number / 2, lambda account=account, n=number: world.log_out(f"{account}/extra{n}"))  # type: ignore[misc]
 
 
+def _come_back(world: World) -> None:
+    _chatter(world, 20, 200.0)
+    jids = sorted(world.table)
+    for number in range(40):
+        jid, after = jids[number % len(jids)], world.random.uniform(0, 0.4)
+        world.later(1 + number / 2.5, lambda jid=jid, after=after: world.come_back(jid, after))  # type: ignore[misc]
+
+
+def _still(world: World) -> None:
+    _chatter(world, 30, 100.0)
+    for number, name in enumerate(("n1", "n2", "n3", "n1")):
+        world.later(3 + 6 * number, lambda name=name: world.stand_still(name, world.random.uniform(0.5, 4)))  # type: ignore[misc]
+
+
 def _everything(world: World) -> None:
     _chatter(world, 60)
     world.later(3, lambda: world.start("n4"))
@@ -115,6 +129,8 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     "a router crashes": _crash,
     "a fast restart under the same name": _fast_restart,
     "log-ins and log-outs": _log_ins,
+    "clients come back elsewhere": _come_back,
+    "a router stands still": _still,
     "all at once": _everything,
 }
 
@@ -177,7 +193,7 @@ def _judge(world: World) -> None:
             last[sender] = number
         delivered.update(session.got)
     for stored in world.store.values():
-        delivered |= stored
+        delivered.update((message.sender, message.number) for message in stored)
     for message in world.sent:
         name = (message.sender, message.number)
         assert name in delivered or name in world.excused, f"message {name} to {message.to} is lost"

@@ -70,14 +70,12 @@ class OnlineUsers:
         resources = self._where.get(account)
         if resources is None:
             return HERE
-        nodes: set[str] = set()
-        if resource and resource in resources:
-            nodes |= resources[resource]
-        else:
-            nodes = nodes.union(*resources.values())
+        # A resource that nobody is known to have may just be coming, to whoever has others of the account or not.
+        known = not resource or resource in resources
+        nodes = set(resources[resource]) if resource and known else set[str]().union(*resources.values())
         here = self._own in nodes
         nodes.discard(self._own)
-        return Plan(nodes=tuple(sorted(nodes)), here=here) if nodes else HERE
+        return Plan(nodes=tuple(sorted(nodes)), certain=known, here=here) if nodes else HERE
 
     def _add(self, node: str, account: str, resource: str) -> None:
         self._where.setdefault(account, {}).setdefault(resource, set()).add(node)
