@@ -438,6 +438,7 @@ async def test_a_feed_must_be_allowed_by_name(toys: Installation, feed: Feed.Val
 async def test_a_domain_that_another_component_holds_is_refused(toys: Installation, stub: Any) -> None:
     room = await attached(stub, instance="a", domains=["room.{vhost}"], routing_key=BARE)
     channel = toys.dial(toys.router_address, "narrow")
+    await channel.channel_ready()
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await Toy(ComponentServiceStub(channel)).attach(instance="b", domains=["room.{vhost}"], routing_key=BARE)
     assert reason(error.value) == ErrorReason.ERROR_REASON_DOMAIN_TAKEN
