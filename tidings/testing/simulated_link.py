@@ -84,8 +84,7 @@ class Link:
 
     def _answer(self, number: int, refused: bool, version: int) -> None:
         """Answers are taken in the order of what they answer, as on a real link."""
-        if self.router.still:
-            self.world.later(RESEND, lambda: self._answer(number, refused, version))
+        if self.router.puts_off(lambda: self._answer(number, refused, version)):
             return
         self.answers[number] = (refused, version)
         while self.answered in self.answers and not self.over and self.router.alive:

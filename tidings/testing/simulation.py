@@ -130,8 +130,7 @@ class World:
         for jid, (owner, session) in list(self.table.items()):
             if owner == router.own and not session.moving:
                 del self.table[jid]
-                log_in = partial(self.log_in, session.account, session.resource)
-                self.later(self.random.uniform(0, 2 * seconds), log_in)
+                self._log_in_later(session, self.random.uniform(0, 2 * seconds))
 
         def wake() -> None:
             router.still = False
@@ -175,9 +174,12 @@ class World:
     def come_back(self, jid: str, after: float) -> None:
         """A client loses its stream, and logs in again, elsewhere."""
         if jid in self.table:
+            session = self.table[jid][1]
             self.log_out(jid)
-            account, _, resource = jid.partition("/")
-            self.later(after, lambda: self.log_in(account, resource))
+            self._log_in_later(session, after)
+
+    def _log_in_later(self, before: Session, after: float) -> None:
+        self.later(after, partial(self.log_in, before.account, before.resource))
 
     def keep(self, account: str, message: Message) -> None:
         """What nobody has taken is stored, and offered to whoever has come meanwhile."""
@@ -222,12 +224,18 @@ class Router:
         node = self.forwarder.view.by_incarnation(self.own)
         return node is not None and node.state is NodeState.UP
 
+    def puts_off(self, action: Callable[[], None]) -> bool:
+        """Whether it stands still; then it does this later."""
+        if self.still:
+            self.world.later(RESEND, action)
+        return self.still
+
     # --- what it hears ---
 
     def learn(self, view: ClusterView) -> None:
-        if self.still:
-            self.world.later(RESEND, lambda: self.learn(view))
-        if not self.alive or self.still or view.version <= self.forwarder.view.version:
+        if self.puts_off(lambda: self.learn(view)):
+            return
+        if not self.alive or view.version <= self.forwarder.view.version:
             return
         self.forwarder.view_changed(view)
         for node in [node for node in self.links if view.by_incarnation(node) is None]:
@@ -257,9 +265,7 @@ class Router:
 
         def go_on() -> None:
             session = self.here.get(jid)
-            if self.still:
-                self.world.later(RESEND, go_on)
-            elif self.alive and session is not None:
+            if not self.puts_off(go_on) and self.alive and session is not None:
                 step(jid, session, keeper)
 
         self.world.later(self.world.random.uniform(0.01, longest), go_on)
@@ -364,8 +370,7 @@ class Router:
         question = LookUp()
 
         def answer() -> None:
-            if self.still:
-                self.world.later(LOOK_UP, answer)
+            if self.puts_off(answer):
                 return
             rest = self._looked_up(item) if self.alive else None
             if rest is None:
@@ -378,7 +383,8 @@ class Router:
 
     def _looked_up(self, item: Item) -> Pending:
         table = self.world.table
-        where = {table[jid][0] for jid in table if jid.startswith(f"{item.account}/{item.resource}")}
+        name = f"{item.account}/{item.resource}"
+        where = {table[jid][0] for jid in table if jid == name or (not item.resource and jid.startswith(name))}
         elsewhere = tuple(sorted(where - {self.own}))
         self.world.asked += bool(elsewhere)
         if item.missed < 2 and elsewhere:
