@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from typing import Any, cast
@@ -17,6 +18,10 @@ _PRIVATE = frozenset(("password", "secret", "body", "stanza", "data", "private_k
 def get_logger(category: str) -> Any:
     """The logger of a category, which `--debug` switches to detail."""
     return structlog.stdlib.get_logger(f"tidings.{category}")
+
+
+def _is_no_cancelled_call(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def configure(log_format: str = "auto", debug: list[str] | tuple[str, ...] = ()) -> None:
@@ -51,6 +56,8 @@ def configure(log_format: str = "auto", debug: list[str] | tuple[str, ...] = ())
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
         )
     )
+    # grpcio calls it an error when a call is cancelled that has not begun, or is ending: callers do that, and stops.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_cancelled_call)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

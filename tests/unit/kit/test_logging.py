@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 
 import pytest
 
@@ -44,5 +46,19 @@ def test_errors_bring_their_traceback_in_one_line_of_json(capsys: pytest.Capture
         raise KeyError("x")
     except KeyError:
         get_logger("server").exception("broke")
+    (line,) = lines(capsys)
+    assert "KeyError" in line["exception"]
+
+
+def test_a_call_that_was_cancelled_before_it_began_is_no_error_but_what_grpc_could_not_do_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """grpcio logs both alike."""
+    configure("json")
+    for error in (asyncio.CancelledError(), KeyError("x")):
+        try:
+            raise error
+        except BaseException:
+            logging.getLogger("grpc._cython.cygrpc").exception("not handled in servicer method [/x/Y]")
     (line,) = lines(capsys)
     assert "KeyError" in line["exception"]
