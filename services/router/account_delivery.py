@@ -241,9 +241,9 @@ class AccountDelivery:
 
     async def _ask_table(self, item: Item) -> None:
         try:
-            if item.payload.kind == MESSAGE:
-                await self._safety.safe_elsewhere(item.flow)
             nodes = await self._where(item)
+            if item.payload.kind == MESSAGE and await self._safety.safe_elsewhere(item.flow):
+                nodes = await self._where(item)  # somebody may have come, or gone, meanwhile
             if _is_goodbye(item.payload) and await self._is_replaced(item.payload):
                 return
             elsewhere = tuple(sorted(nodes & self.others))

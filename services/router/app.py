@@ -12,6 +12,7 @@ from services.router.acknowledgements import Acknowledgements
 from services.router.adoption import Adoption
 from services.router.archive_rules import ArchiveRules
 from services.router.authentication import Authentication
+from services.router.backlogs import BACKLOG, WRITTEN, Backlogs
 from services.router.binding import Binding
 from services.router.cluster_news import ClusterNews
 from services.router.component_links import ComponentApi, ComponentLinks
@@ -175,6 +176,9 @@ class Router:
         self._adoption.place = self._hand_over.place
         hooks.notes[GIVEN] = self._adoption.given
 
+        self._backlogs = Backlogs(own, self._messages, routing.notes)
+        hooks.notes[BACKLOG], hooks.notes[WRITTEN] = self._backlogs.noted, self._backlogs.asked
+
         stores = {
             AccountStore: self._accounts,
             RosterStore: rosters,
@@ -183,6 +187,7 @@ class Router:
             Deliveries: routing.deliveries,
             Rosters: self._rosters,
             ArchiveRules: rules,
+            Backlogs: self._backlogs,
         }
         router = module_loader.RouterForModules(
             routing, sessions, self._accounts, components, stores, negotiator, tasks.spawn
@@ -290,6 +295,7 @@ class Router:
         self._tasks.spawn(self._taken_over.beat(), "router: whether it has stood still")
         self._tasks.spawn(self._give_up_waiting(), "router: stanzas that came by a newer view")
         self._tasks.spawn(self._links.watch(), "router: what others have taken and not made safe")
+        self._tasks.spawn(self._backlogs.run(), "router: what waits for the database for long")
         self._member.on_change(self._view_changed)
         self._view_changed(self._member.view)
         self._tasks.spawn(self._serve_when_known(), "router: until the others know it")
@@ -321,6 +327,7 @@ class Router:
         self._api.view_changed(view)
         self._news.view_changed(view)
         self._stranded.view_changed(view)
+        self._backlogs.view_changed(view)
 
     async def _give_up_waiting(self) -> None:
         while True:

@@ -65,6 +65,8 @@ class WriteQueue:
         self._marks_under_way: list[bytes] = []
         # All messages that are not settled, by id; and, when a message is written twice, those behind the first.
         self._by_id: dict[bytes, Waiting] = {}
+        # By account: how many that are to be pending are not settled.
+        self._pending: dict[str, int] = {}
         self._twins: dict[bytes, list[Waiting]] = {}
         self._urgent: set[Waiting] = set()
         self.waiting_bytes = 0
@@ -95,8 +97,7 @@ class WriteQueue:
 
     def has_pending(self, account: Jid) -> bool:
         """Whether a message of an account waits that is to be pending when it is written."""
-        waiting = (one.message for one in chain(self._under_way, self._messages) if not one.settled)
-        return any(message.pending and message.account == account for message in waiting)
+        return account.bare_text in self._pending
 
     def put(self, message: Message, done: Done, since: float, urgent: bool = False) -> None:
         """`urgent`: who waits wants to be told by `give_up_urgent`."""
@@ -107,6 +108,9 @@ class WriteQueue:
             return
         waiting = Waiting(message, done, since, urgent)
         self._messages[waiting] = None
+        if message.pending:
+            account = message.account.bare_text
+            self._pending[account] = self._pending.get(account, 0) + 1
         if self._by_id.setdefault(message.id, waiting) is not waiting:
             self._twins.setdefault(message.id, []).append(waiting)
         self.waiting_bytes += len(message.stanza) + MESSAGE_BYTES
@@ -122,7 +126,9 @@ class WriteQueue:
                     # It may be there as pending: it gets its mark when it is known to be there.
                     waiting.acknowledged = True
                 elif waiting.message.archived:
-                    waiting.message = waiting.message._replace(pending=False)
+                    if waiting.message.pending:
+                        self._pending_no_longer(waiting.message)
+                        waiting.message = waiting.message._replace(pending=False)
                 else:
                     # Nobody needs to look for it again.
                     self._remembered[acknowledged] = None
@@ -242,11 +248,19 @@ class WriteQueue:
         else:
             del self._twins[id_]
 
+    def _pending_no_longer(self, message: Message) -> None:
+        account = message.account.bare_text
+        self._pending[account] -= 1
+        if not self._pending[account]:
+            del self._pending[account]
+
     def _settle(self, waiting: Waiting, error: Exception | None) -> None:
         if waiting.settled:
             return
         waiting.settled = True
         message = waiting.message
+        if message.pending:
+            self._pending_no_longer(message)
         if self._twins and message.id in self._twins:
             self._part(message.id, waiting)
         else:

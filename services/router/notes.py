@@ -73,20 +73,26 @@ class Notes:
 
     async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
         """Sends a module's note; the answers of those that had one. A router that hangs is not waited for."""
-        return await self._ask(self._named(account), module, account, content)
+        return await self.ask_routers(self._named(account), module, account, content, KNOWN_TIMEOUT)
 
-    async def _ask(self, nodes: Sequence[str], module: str, account: str, content: bytes) -> list[bytes]:
+    async def ask_routers(
+        self, nodes: Sequence[str], name: str, account: str, content: bytes, timeout: float
+    ) -> list[bytes]:
+        """The same, of these routers, so many seconds at most."""
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        answers = self._forwarder.ask(nodes, _note(module, account, content), lambda: _set(answered, None))
+        answers = self._forwarder.ask(nodes, _note(name, account, content), lambda: _set(answered, None))
         try:
-            async with asyncio.timeout(KNOWN_TIMEOUT):
+            async with asyncio.timeout(timeout):
                 await answered
         except TimeoutError:
-            log.debug("note_not_answered", module=module, waited=KNOWN_TIMEOUT)
+            log.debug("note_not_answered", module=name, waited=timeout)
         return list(answers)
 
     def tell(self, module: str, account: str, content: bytes) -> None:
-        self._forwarder.ask(self._named(account), _note(module, account, content), lambda: None)
+        self.tell_routers(self._named(account), module, account, content)
+
+    def tell_routers(self, nodes: Sequence[str], name: str, account: str, content: bytes) -> None:
+        self._forwarder.ask(nodes, _note(name, account, content), lambda: None)
 
     async def tell_bound(self, module: str, account: str, content: bytes) -> None:
         """To the other routers at which the table has sessions of an account now, whatever the strategy knows; while
@@ -99,7 +105,8 @@ class Notes:
             self.tell(module, account, content)
             return
         others = {node.incarnation for node in self._forwarder.view.with_router_sessions()} - {self._own}
-        await self._ask(sorted(others & {row.router for row in rows}), module, account, content)
+        those = sorted(others & {row.router for row in rows})
+        await self.ask_routers(those, module, account, content, KNOWN_TIMEOUT)
 
     async def known(self) -> None:
         """Waits, within bounds, until the other routers have taken the notes of our strategy."""

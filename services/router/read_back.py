@@ -4,7 +4,7 @@ fast as others write (it is *behind*, see deliveries.py). Nobody gets more than 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from services.router.deliveries import Deliveries, is_settling, wants_stored
@@ -74,8 +74,8 @@ class ReadBack:
         return False
 
     async def _page(self, session: Session, after: int) -> tuple[bool, int]:
-        """Gives a session the next messages behind a position: whether any were found, and the position of the last
-        one that it was given. One that does not want what is stored for its account gets what is for it alone."""
+        """Gives a session the next messages behind a position: whether any were found, and up to which position it
+        was given them. One that does not want what is stored for its account gets what is for it alone."""
         account = session.jid.bare
         most, alone = min(PAGE, self._deliveries.room(session)), not wants_stored(session)
         # While the store is asked it may be told of them.
@@ -85,9 +85,11 @@ class ReadBack:
         kept = await self._messages.pending(account, session.id, most, after, alone, over)
         if not kept or not self._deliveries.accepts(session):
             return False, after
-        page = [(_delayed(message, account), message.id, message.given) for message in kept]
-        given = self._deliveries.give_stored(session, page, confirmed)
-        return True, kept[given - 1].position if given else after
+        page = in_order(kept)
+        stored = [(_delayed(message, account), message.id, message.given) for message in page]
+        given = self._deliveries.give_stored(session, stored, confirmed)
+        left = [message.position for message in page[given:]]
+        return True, min(left) - 1 if left else kept[-1].position
 
     async def read_again(self, session: Session) -> None:
         """What the session's former router has stored as given to it."""
@@ -179,6 +181,17 @@ class ReadBack:
         except TimeoutError:
             if self._deliveries.is_open(session):
                 self._deliveries.cut_off(session)
+
+
+def in_order(page: Sequence[Kept]) -> list[Kept]:
+    """As they are stored, but those of each sender by their numbers: another router may have written a later one
+    first, while what it had of it waited for the database."""
+    by_sender: dict[str, list[Kept]] = {}
+    for message in page:
+        if message.number:
+            by_sender.setdefault(message.origin, []).append(message)
+    next_of = {origin: iter(sorted(sent, key=lambda one: one.number)) for origin, sent in by_sender.items()}
+    return [next(next_of[message.origin]) if message.number else message for message in page]
 
 
 def _delayed(kept: Kept, account: Jid) -> Envelope:

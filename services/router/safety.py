@@ -274,18 +274,13 @@ class Safety:
     async def offered(self, account: Jid) -> None:
         """Waits, not for long, until what is written here for an account is committed, and offered where its session
         has gone: what goes to it elsewhere from now on came behind that."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(OFFERED):
-                while self._messages.is_writing_for(account) or self.offers.owes(account):  # noqa: ASYNC110 - soon
-                    await asyncio.sleep(SOON)
+        await _while(lambda: self._messages.is_writing_for(account) or self.offers.owes(account))
 
-    async def safe_elsewhere(self, flow: tuple[str, ...]) -> None:
+    async def safe_elsewhere(self, flow: tuple[str, ...]) -> bool:
         """Waits, not for long, until what other routers have taken of a flow is safe: one may have given it to a
-        session that has just ended, and stores it. What comes behind it goes elsewhere, and must not come first."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(OFFERED):
-                while self.is_unsafe_elsewhere(flow) and not self._messages.away:  # noqa: ASYNC110 - soon
-                    await asyncio.sleep(SOON)
+        session that has just ended, and stores it. What comes behind it goes elsewhere, and must not come first.
+        Whether there was something to wait for."""
+        return await _while(lambda: self.is_unsafe_elsewhere(flow))
 
     def acknowledged(self, session: Session, what: list[Envelope | bytes]) -> None:
         """A session has what it was given."""
@@ -372,6 +367,17 @@ class _Either:
     def copied(self, copied: bool) -> None:
         if copied:
             self.settle()
+
+
+async def _while(waits: Callable[[], bool]) -> bool:
+    """Waits, not for long, while something is so; whether it was."""
+    waited = False
+    with suppress(TimeoutError):
+        async with asyncio.timeout(OFFERED):
+            while waits():
+                waited = True
+                await asyncio.sleep(SOON)
+    return waited
 
 
 def _message(

@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from typing import cast
 
 from services.router.archive_rules import ArchiveRules
+from services.router.backlogs import Backlogs
 from services.router.deliveries import Deliveries, wants_stored
 from services.router.messages import MessageStore, written
 from services.router.read_back import ReadBack
@@ -36,9 +37,6 @@ def load(module: Module) -> None:
 SHARE = 8
 MAX_REMEMBERED = 10_000
 
-# Seconds for what is being written when a session comes; behind that it comes when it is.
-WRITTEN = 1.0
-
 MODULE = ModuleSpec("offline", load, xep="XEP-0160", version="1.0.1")
 
 
@@ -49,6 +47,7 @@ class _Offline:
         self._messages = module.router.store(MessageStore)
         self._safety = module.router.store(Safety)
         self._rules = module.router.store(ArchiveRules)
+        self._backlogs = module.router.store(Backlogs)
         self._safety.offers.offer = self._offer
         # By account: how many more it may store before it counts.
         self._room: OrderedDict[Jid, int] = OrderedDict()
@@ -109,7 +108,9 @@ class _Offline:
 
     async def _give_to(self, session: Session) -> bytes:
         try:
-            await self._module.announce_available(session)
+            # Who stores a message from here on knows that somebody is here.
+            await self._router.known()
+            await self._give(session)
         finally:
             self._router.release(session)
         return b""
@@ -138,8 +139,10 @@ class _Offline:
     async def available(self, session: Session) -> None:
         """3.1: all that waits, in order, before anything newer; also what is only being written: the account's last
         session was given it, and has not confirmed it."""
-        if self._messages.is_writing_for(session.jid.bare):
-            await written(self._messages, WRITTEN)
+        await self._backlogs.written(session.jid.bare)
+        await self._give(session)
+
+    async def _give(self, session: Session) -> None:
         if not await self._read_back.flush(_own(session)):
             self._read_back.owe(_own(session))
 

@@ -11,6 +11,7 @@ from services.router import module_loader
 from services.router.acknowledgements import Acknowledgements
 from services.router.app import StrategyContext
 from services.router.archive_rules import ArchiveRules
+from services.router.backlogs import Backlogs
 from services.router.component_links import ComponentLinks
 from services.router.deliveries import Deliveries
 from services.router.messages import MessageStore
@@ -233,6 +234,7 @@ class MemoryRouter:
             Safety: self.safety,
             Deliveries: self.routing.deliveries,
             ArchiveRules: self.rules,
+            Backlogs: Backlogs(own, self.stores.messages, self.routing.notes),
             Rosters: self.rosters,
         }
         self.for_modules = module_loader.RouterForModules(

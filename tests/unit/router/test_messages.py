@@ -337,6 +337,8 @@ def test_whatever_happens_each_is_told_once_and_no_mark_comes_before_its_message
             case (str(outcome),) if under_way:
                 end(outcome)
                 under_way = False
+        waiting = [one.message for one in (*told.queue._under_way, *told.queue._messages) if not one.settled]
+        assert told.queue.has_pending(ROMEO) == any(message.pending for message in waiting)
     if under_way:
         end("written")
     while told.queue.messages or told.queue.marks:
@@ -345,6 +347,7 @@ def test_whatever_happens_each_is_told_once_and_no_mark_comes_before_its_message
     assert sorted(number for number, _ in told.told) == list(range(puts))
     assert told.queue.waiting_bytes == 0
     assert told.queue.oldest == 0.0
+    assert not told.queue.has_pending(ROMEO)
     for id_ in acknowledged & rows.keys() - again:
         assert not rows[id_].pending, "its mark was written before it"
 

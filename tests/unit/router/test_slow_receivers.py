@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from services.router import deliveries, held, read_back
+from services.router.messages import Message, message_id
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.session_record import record_of, session_of
 from services.router.sessions import Session
@@ -33,8 +34,10 @@ async def router(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MemoryRouter]
     await made.stop()
 
 
-async def juliet_at(router: MemoryRouter, resource: str = "r", counts: bool = True) -> Session:
-    session = await router.session("juliet", resource)
+async def juliet_at(
+    router: MemoryRouter, resource: str = "r", counts: bool = True, available: bool = True
+) -> Session:
+    session = await router.session("juliet", resource, available)
     if counts:
         session.inbound.enable()
         session.outbound.enable()
@@ -64,6 +67,13 @@ async def all_acknowledged(router: MemoryRouter, session: Session, count: int) -
         return len(got(router, session)) >= count and session.behind is None
 
     await until(done)
+
+
+def stored(origin: str, number: int) -> Message:
+    """A message for juliet that a router has stored."""
+    raw = f"<message id='{origin} {number}'><body/></message>".encode()
+    id_ = message_id(b"k" * 32, JULIET.bare_text, origin, number)
+    return Message(JULIET, id_, f"{origin}@{HOST}", origin, number, f"{origin}@{HOST}/r", number, raw, True, False)
 
 
 def names(count: int, first: int = 0) -> list[str]:
@@ -217,6 +227,30 @@ async def test_a_session_that_comes_to_much_that_waits_gets_it_as_it_confirms(ro
 
     await until(done)
     assert got(router, juliet) == names(60)
+
+
+@pytest.mark.parametrize(("window", "window_bytes"), [(10, 100_000), (100, 1000), (100, 100_000)])
+async def test_each_sender_s_messages_come_in_order_though_later_ones_were_stored_first(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch, window: int, window_bytes: int
+) -> None:
+    """Another router has stored what it had of them when the database had come back. Of those that find no room at
+    once only each page is in order; none is missed."""
+    monkeypatch.setattr(deliveries, "WINDOW", window)
+    monkeypatch.setattr(deliveries, "WINDOW_BYTES", window_bytes)
+    kept = [stored(origin, number) for origin in ("romeo", "nurse") for number in range(1, 21)]
+    random.Random(1).shuffle(kept)
+    for one in kept:
+        await router.stores.messages.keep(one)
+    juliet = await juliet_at(router, available=False)
+    await router.send(juliet, presence())
+    first = got(router, juliet)
+    await all_acknowledged(router, juliet, 40)
+    assert sorted(got(router, juliet)) == sorted(f"{one.origin} {one.number}" for one in kept)
+    assert (len(first) == 40) == (window_bytes * window > 1_000_000)
+    for origin in ("romeo", "nurse"):
+        numbers = [int(id_.split()[1]) for id_ in first if id_.startswith(origin)]
+        assert len(numbers) > 1
+        assert numbers == sorted(numbers)
 
 
 async def test_a_flood_of_what_is_in_no_store_ends_a_session_that_is_behind(

@@ -1,0 +1,150 @@
+"""What waits for the database at one router comes to a session at another one before what is newer (RFC 6120 10.1)."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from services.router import backlogs
+from tests.unit.router.nodes import HOST, UP, Client, Nodes, running, soon
+from tests.unit.router.unsure_database import UnsureDatabase, at_once, away
+
+
+async def way_of_messages(nodes: Nodes, router: str) -> UnsureDatabase:
+    """What a router writes messages by, and nothing else, from now on."""
+    way = nodes.databases[f"messages of {router}"] = nodes._database()
+    await way.start()
+    for writer in nodes.routers[router]._messages._writers:
+        writer._database = way
+    return way
+
+
+async def comes(nodes: Nodes, name: str, at: str) -> Client:
+    """A client whose first presence is sent, and may wait for something."""
+    nodes.prefers = at
+    client = Client(nodes, name)
+    await client.open("<mechanisms")
+    await client.authenticate()
+    await client.open("<bind")
+    client.bind()
+    await client.until("<jid>")
+    client.send("<presence/>")
+    return client
+
+
+def is_present(nodes: Nodes, router: str, name: str) -> bool:
+    session = nodes.session(router, name)
+    return session is not None and session.presence is not None
+
+
+@pytest.mark.parametrize("strategy", ["broadcast", "online-users"])
+async def test_who_comes_reads_the_store_when_another_router_has_written_what_it_has_for_the_account(
+    tmp_path: Path, strategy: str
+) -> None:
+    async with running(tmp_path, "a", "b", strategy=strategy) as nodes:
+        await nodes.up("a", "b")
+        romeo, juliet = await nodes.client("romeo", at="a"), await nodes.client("juliet", at="b")
+        may_write = asyncio.Event()
+        (await way_of_messages(nodes, "b")).before = may_write.wait  # type: ignore[assignment]
+        romeo.say(f"juliet@{HOST}/r", 0)
+        await soon(lambda: juliet.numbers() == [0], "she gets it, and it waits to be written")
+        await soon(lambda: nodes.routers["a"]._backlogs._behind == {"b"}, "the other router knows")
+        asked: list[str] = []
+        backlog = nodes.routers["b"]._backlogs
+        when_written = backlog._when_written
+
+        async def noticed() -> bytes:
+            asked.append("juliet")
+            return await when_written()
+
+        backlog._when_written = noticed  # type: ignore[method-assign]
+        juliet.disconnect()
+        await soon(lambda: nodes.session("b", "juliet") is None, "it is seen that she has gone")
+        again = await comes(nodes, "juliet", at="a")
+        await soon(lambda: bool(asked), "it is asked for what it has for her")
+        romeo.say(f"juliet@{HOST}/r", 1)
+        await soon(lambda: is_present(nodes, "a", "juliet"), "she is there again")
+        assert again.numbers() == []
+        may_write.set()
+        await soon(lambda: again.numbers() == [0, 1], f"in order, and not {again.numbers()}")
+        await soon(lambda: not nodes.routers["a"]._backlogs._behind, "nothing waits any more")
+
+
+async def test_who_comes_does_not_wait_for_what_is_for_others(tmp_path: Path) -> None:
+    async with running(tmp_path, "a", "b", strategy="online-users") as nodes:
+        await nodes.up("a", "b")
+        romeo, juliet = await nodes.client("romeo", at="a"), await nodes.client("juliet", at="b")
+        may_write = asyncio.Event()
+        (await way_of_messages(nodes, "b")).before = may_write.wait  # type: ignore[assignment]
+        romeo.say(f"juliet@{HOST}/r", 0)
+        await soon(lambda: juliet.numbers() == [0], "she gets it, and it waits to be written")
+        await soon(lambda: nodes.routers["a"]._backlogs._behind == {"b"}, "the other router knows")
+        nurse = await nodes.client("nurse", at="a")
+        romeo.say(f"nurse@{HOST}/r", 1)
+        await soon(lambda: nurse.numbers() == [1], "at once")
+        assert nodes.routers["a"]._backlogs._behind == {"b"}
+        may_write.set()
+
+
+async def test_a_router_that_comes_while_another_one_has_a_backlog_is_told_and_one_that_is_gone_has_none(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, "a", "b", strategy="broadcast") as nodes:
+        await nodes.up("a", "b")
+        romeo = await nodes.client("romeo", at="b")
+        await nodes.client("juliet", at="b")
+        (await way_of_messages(nodes, "b")).before = away
+        romeo.say(f"juliet@{HOST}/r", 0)
+        await soon(lambda: nodes.routers["a"]._backlogs._behind == {"b"}, "a knows")
+        await nodes._start("c")
+        nodes.tell(a=UP, b=UP, c=UP)
+        await soon(lambda: nodes.routers["c"]._backlogs._behind == {"b"}, "c is told")
+        nodes.databases["messages of b"].before = at_once
+        await nodes.kill("b")
+        assert not nodes.routers["a"]._backlogs._behind
+        assert not nodes.routers["c"]._backlogs._behind
+
+
+async def test_what_the_table_finds_a_place_for_waits_for_what_another_router_has_not_made_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when that was not so long for it to be a backlog; and while this router's own messages wait."""
+    monkeypatch.setattr(backlogs, "LONG", 60.0)
+    async with running(tmp_path, "a", "b", "c", strategy="online-users") as nodes:
+        await nodes.up("a", "b", "c")
+        romeo, juliet = await nodes.client("romeo", at="a"), await nodes.client("juliet", at="b")
+        may_write, may_read = asyncio.Event(), asyncio.Event()
+        (await way_of_messages(nodes, "b")).before = may_write.wait  # type: ignore[assignment]
+        (await way_of_messages(nodes, "a")).before = away
+        romeo.say(f"juliet@{HOST}/r", 0)
+        await soon(lambda: juliet.numbers() == [0], "b has given it")
+        await soon(lambda: nodes.routers["a"]._messages.away, "a can't write it into his archive")
+        juliet.disconnect()
+        await soon(lambda: nodes.session("b", "juliet") is None, "it is seen that she has gone")
+        reads: list[bool] = []
+
+        async def reading() -> None:
+            reads.append(True)
+            await may_read.wait()
+
+        nodes.databases["a"].reading = reading
+        romeo.say(f"juliet@{HOST}/r", 1)
+        await soon(lambda: bool(reads), "a asks the table")
+        again = await comes(nodes, "juliet", at="c")
+        await again.until("<presence")
+        again.send("<iq type='get' id='behind'><ping xmlns='urn:xmpp:ping'/></iq>")
+        await again.until('id="behind"')  # she has read what is stored
+        waits: list[tuple[str, ...]] = []
+
+        def is_unsafe(flow: tuple[str, ...]) -> bool:
+            waits.append(flow)
+            return nodes.routers["a"]._links.is_unsafe(flow)
+
+        nodes.routers["a"]._safety.is_unsafe_elsewhere = is_unsafe
+        may_read.set()
+        await soon(lambda: bool(waits or again.numbers()), "a looks for what is not safe")
+        may_write.set()
+        await soon(lambda: again.numbers() == [0, 1], "in order")
+        nodes.databases["messages of a"].before = at_once
