@@ -31,8 +31,11 @@ WRITTEN = "=written"
 # Seconds from which on something waits for long; and between two looks at that.
 LONG = 0.25
 LOOK = 0.05
-# Seconds for what waits to be written when a session comes; behind that it comes when it is.
+# Seconds for what waits to be written when a session comes; behind that it comes when it is. And for a router to say
+# that it has not come to that yet: one that says nothing in `notes.KNOWN_TIMEOUT` hangs, and is not waited for.
 WITHIN = 5.0
+PATIENCE = 1.0
+NOT_YET = b"not yet"
 
 
 class Backlogs:
@@ -72,8 +75,7 @@ class Backlogs:
         return self._when_written() if self._messages.is_writing_for(account) else b""
 
     async def _when_written(self) -> bytes:
-        await written(self._messages, WITHIN)
-        return b""
+        return b"" if await written(self._messages, PATIENCE) else NOT_YET
 
     # --- all routers' ---
 
@@ -91,6 +93,12 @@ class Backlogs:
             waiting.append(written(self._messages, WITHIN))
         if self._behind:
             log.debug("backlogs_are_waited_for", account=str(account), routers=sorted(self._behind))
-            waiting.append(self._notes.ask_routers(sorted(self._behind), WRITTEN, str(account), b"", WITHIN))
+            waiting.append(self._written_elsewhere(str(account)))
         if waiting:
             await asyncio.gather(*waiting)
+
+    async def _written_elsewhere(self, account: str) -> None:
+        ends = time.monotonic() + WITHIN
+        while self._behind and time.monotonic() < ends:
+            if NOT_YET not in await self._notes.ask_routers(sorted(self._behind), WRITTEN, account, b""):
+                return

@@ -73,19 +73,17 @@ class Notes:
 
     async def ask(self, module: str, account: str, content: bytes) -> list[bytes]:
         """Sends a module's note; the answers of those that had one. A router that hangs is not waited for."""
-        return await self.ask_routers(self._named(account), module, account, content, KNOWN_TIMEOUT)
+        return await self.ask_routers(self._named(account), module, account, content)
 
-    async def ask_routers(
-        self, nodes: Sequence[str], name: str, account: str, content: bytes, timeout: float
-    ) -> list[bytes]:
-        """The same, of these routers, so many seconds at most."""
+    async def ask_routers(self, nodes: Sequence[str], name: str, account: str, content: bytes) -> list[bytes]:
+        """The same, of these routers."""
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         answers = self._forwarder.ask(nodes, _note(name, account, content), lambda: _set(answered, None))
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(KNOWN_TIMEOUT):
                 await answered
         except TimeoutError:
-            log.debug("note_not_answered", module=name, waited=timeout)
+            log.debug("note_not_answered", module=name, waited=KNOWN_TIMEOUT)
         return list(answers)
 
     def tell(self, module: str, account: str, content: bytes) -> None:
@@ -106,7 +104,7 @@ class Notes:
             return
         others = {node.incarnation for node in self._forwarder.view.with_router_sessions()} - {self._own}
         those = sorted(others & {row.router for row in rows})
-        await self.ask_routers(those, module, account, content, KNOWN_TIMEOUT)
+        await self.ask_routers(those, module, account, content)
 
     async def known(self) -> None:
         """Waits, within bounds, until the other routers have taken the notes of our strategy."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.router import backlogs
+from services.router import backlogs, notes
 from tests.unit.router.nodes import HOST, UP, Client, Nodes, running, soon
 from tests.unit.router.unsure_database import UnsureDatabase, at_once, away
 
@@ -34,6 +34,20 @@ async def comes(nodes: Nodes, name: str, at: str) -> Client:
     return client
 
 
+def count_asked(nodes: Nodes, router: str) -> list[str]:
+    """Grows each time that a router is asked for something that waits there."""
+    asked: list[str] = []
+    backlog = nodes.routers[router]._backlogs
+    when_written = backlog._when_written
+
+    async def noticed() -> bytes:
+        asked.append(router)
+        return await when_written()
+
+    backlog._when_written = noticed  # type: ignore[method-assign]
+    return asked
+
+
 def is_present(nodes: Nodes, router: str, name: str) -> bool:
     session = nodes.session(router, name)
     return session is not None and session.presence is not None
@@ -51,15 +65,7 @@ async def test_who_comes_reads_the_store_when_another_router_has_written_what_it
         romeo.say(f"juliet@{HOST}/r", 0)
         await soon(lambda: juliet.numbers() == [0], "she gets it, and it waits to be written")
         await soon(lambda: nodes.routers["a"]._backlogs._behind == {"b"}, "the other router knows")
-        asked: list[str] = []
-        backlog = nodes.routers["b"]._backlogs
-        when_written = backlog._when_written
-
-        async def noticed() -> bytes:
-            asked.append("juliet")
-            return await when_written()
-
-        backlog._when_written = noticed  # type: ignore[method-assign]
+        asked = count_asked(nodes, "b")
         juliet.disconnect()
         await soon(lambda: nodes.session("b", "juliet") is None, "it is seen that she has gone")
         again = await comes(nodes, "juliet", at="a")
@@ -70,6 +76,54 @@ async def test_who_comes_reads_the_store_when_another_router_has_written_what_it
         may_write.set()
         await soon(lambda: again.numbers() == [0, 1], f"in order, and not {again.numbers()}")
         await soon(lambda: not nodes.routers["a"]._backlogs._behind, "nothing waits any more")
+
+
+async def test_who_comes_waits_as_long_as_the_other_router_says_that_it_has_not_come_to_it_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlogs, "PATIENCE", 0.05)
+    monkeypatch.setattr(backlogs, "WITHIN", 0.4)
+    async with running(tmp_path, "a", "b", strategy="online-users") as nodes:
+        await nodes.up("a", "b")
+        romeo, juliet = await nodes.client("romeo", at="a"), await nodes.client("juliet", at="b")
+        (await way_of_messages(nodes, "b")).before = away
+        romeo.say(f"juliet@{HOST}/r", 0)
+        await soon(lambda: nodes.routers["a"]._backlogs._behind == {"b"}, "the other router knows")
+        asked = count_asked(nodes, "b")
+        juliet.disconnect()
+        await soon(lambda: nodes.session("b", "juliet") is None, "it is seen that she has gone")
+        again = await comes(nodes, "juliet", at="a")
+        again.send("<iq type='get' id='behind'><ping xmlns='urn:xmpp:ping'/></iq>")
+        await soon(lambda: len(asked) > 1, "it is asked again")
+        await again.until('id="behind"')
+        assert again.numbers() == []
+        nodes.databases["messages of b"].before = at_once
+
+
+async def test_who_comes_does_not_wait_for_long_for_a_router_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notes, "KNOWN_TIMEOUT", 0.1)
+    monkeypatch.setattr(backlogs, "WITHIN", 60.0)
+    async with running(tmp_path, "a", "b", strategy="online-users") as nodes:
+        await nodes.up("a", "b")
+        romeo = await nodes.client("romeo", at="a")
+        await nodes.client("juliet", at="b")
+        (await way_of_messages(nodes, "b")).before = away
+        romeo.say(f"juliet@{HOST}/r", 0)
+        await soon(lambda: nodes.routers["a"]._backlogs._behind == {"b"}, "the other router knows")
+        hangs = asyncio.Event()
+
+        async def nothing() -> bytes:
+            await hangs.wait()
+            return b""
+
+        nodes.routers["b"]._backlogs._when_written = nothing  # type: ignore[method-assign]
+        again = await comes(nodes, "juliet", at="a")  # it is another session of hers that ends for it
+        again.send("<iq type='get' id='behind'><ping xmlns='urn:xmpp:ping'/></iq>")
+        await again.until('id="behind"')
+        hangs.set()
+        nodes.databases["messages of b"].before = at_once
 
 
 async def test_who_comes_does_not_wait_for_what_is_for_others(tmp_path: Path) -> None:
