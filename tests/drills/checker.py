@@ -308,7 +308,7 @@ class _Case:
         # Both ask at one time; or the router of either dies before it has said that it has dealt with the first presence.
         together = abs(contact.began - life.began) < AT_ONE_TIME
         twice = together or any(
-            began <= fault.at < began + DEALT_WITH for fault in self.faults for began in (life.began, contact.began)
+            one.began <= fault.at < one.shown + DEALT_WITH for fault in self.faults for one in (life, contact)
         )
         broken = together and any(
             fault.at < max(contact.began, life.began) + AT_ONE_TIME and fault.healed > life.began

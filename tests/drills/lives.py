@@ -37,6 +37,11 @@ class Life:
         return account_of(self.jid)
 
     @property
+    def shown(self) -> float:
+        """When its first presence was on its way to others: its client knows when it sees it itself."""
+        return self.began if self.available == math.inf else self.available
+
+    @property
     def waits(self) -> bool:
         """It has no stream, and may be resumed."""
         return self.ended is None and self.spans[-1][1] is not None

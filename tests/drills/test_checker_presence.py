@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.drills.checker import WRONG_PRESENCE
-from tests.drills.history import Fault, Saw
+from tests.drills.history import Available, Fault, Saw
 from tests.drills.story import B2, A, B, Story, both
 
 
@@ -91,6 +91,19 @@ def test_who_logs_in_may_see_contacts_twice_when_its_router_dies_at_once() -> No
     def story(after: float) -> Story:
         begun = Story().begin("b", B).wait(60).begin("a", A)
         begun.events.append(Fault(begun.at + after, "", "kill router", begun.at + after + 3))
+        return begun.tell(Saw, "a", B, True).tell(Saw, "a", B, True)
+
+    assert story(0.2).found() == []
+    assert story(2.0).found() == [WRONG_PRESENCE]
+    assert story(0.2).tell(Saw, "a", B, True).found() == [WRONG_PRESENCE]
+
+
+def test_a_first_presence_that_takes_long_may_be_seen_twice_when_its_router_dies_behind_it_at_once() -> None:
+    """Much was stored for the session: its router had not said yet that it had dealt with the presence."""
+
+    def story(after: float) -> Story:
+        begun = Story().begin("a", A).wait(60).begin("b", B, available=False).wait(3).tell(Available, "b")
+        begun.events.append(Fault(begun.at + after, "", "hang node", begun.at + after + 60))
         return begun.tell(Saw, "a", B, True).tell(Saw, "a", B, True)
 
     assert story(0.2).found() == []
