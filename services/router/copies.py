@@ -21,7 +21,7 @@ from tidings.cluster.hashing import rendezvous
 from tidings.kit.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from services.router.connector_link import ConnectorLink
     from services.router.iq_deadlines import IqDeadlines
@@ -90,7 +90,7 @@ class Copies:
                 if unmatched and any(id_ in unmatched for _, id_ in session.unmarked):
                     # Whoever takes the session over must know, should the message come.
                     self._unmarked.setdefault(session.id, (session, number))
-                    number = next(place for place, id_ in session.unmarked if id_ in unmatched) - 1
+                    number = _before_any(unmatched, session)
                 session.marked = max(session.marked, number)
                 while session.unmarked and session.unmarked[0][0] <= number:
                     session.unmarked.popleft()
@@ -234,6 +234,14 @@ class Copies:
             return None
         session.copied[link] = key
         return state_of(session)
+
+
+def _before_any(ids: Collection[bytes], session: Session) -> int:
+    """Up to which delivery a session's client had confirmed before it confirmed any of these: they were delivered
+    behind that, and one acknowledgement may have covered many."""
+    places = [place for place, _ in session.unmarked]
+    first = next(place for place, id_ in session.unmarked if id_ in ids)
+    return max((place for place in places if place < first), default=session.marked)
 
 
 def _key(session: Session) -> object:

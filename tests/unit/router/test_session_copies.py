@@ -317,3 +317,23 @@ def test_what_is_confirmed_before_another_router_has_written_it_stays_until_it_i
     receiver.store.unmatched = set()
     receiver.write()
     assert not receiver.session.unmarked
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("unmatched", [b"3", b"4", b"5"])
+def test_what_is_confirmed_with_others_before_another_router_has_written_it_stays_until_it_is_found(
+    monkeypatch: pytest.MonkeyPatch, counts: bool, unmatched: bytes
+) -> None:
+    """One acknowledgement covers many."""
+    monkeypatch.setattr(copies, "MARKED", 0)
+    receiver = after(counts, ["deliver", "deliver", "confirm", "confirm", "write", "deliver", "deliver", "deliver"])
+    receiver.store.unmatched = {unmatched}
+    receiver._confirmed(receiver.session.outbound.confirm(5))
+    receiver.write()
+    session, _ = receiver.taken_over()
+    had, confirmed = names(what for _, what in session.outbound.queue), names(id_ for _, id_ in session.unmarked)
+    assert int(unmatched) in had | confirmed
+    assert not {1, 2} & (had | confirmed)
+    receiver.store.unmatched = set()
+    receiver.write()
+    assert not receiver.session.unmarked
