@@ -24,6 +24,7 @@ def load(module: Module) -> None:
     offline = _Offline(module)
     module.feature(ns.OFFLINE_FEATURE)
     module.on_undelivered(offline.undelivered)
+    module.on_session_started(offline.started)
     module.on_session_available(offline.available)
     module.on_session_attached(offline.attached)
     module.on_session_ended(offline.ended)
@@ -51,6 +52,8 @@ class _Offline:
         self._safety.offers.offer = self._offer
         # By account: how many more it may store before it counts.
         self._room: OrderedDict[Jid, int] = OrderedDict()
+        # Sessions that have not come to what is stored for them yet.
+        self._coming: set[str] = set()
         self._read_back = ReadBack(self._router, self._messages, module.router.store(Deliveries), self._offer)
 
     async def undelivered(self, stanza: Stanza) -> bool:
@@ -90,11 +93,12 @@ class _Offline:
         given = self.noted(account, b"")
         if given is None:
             await self._module.tell_bound(str(account), b"")
-        else:
+        elif not isinstance(given, bytes):
             await given
 
-    def noted(self, account: Jid, _note: bytes) -> Awaitable[bytes] | None:
-        """Messages wait: whoever is here gets them, before what comes behind this note."""
+    def noted(self, account: Jid, _note: bytes) -> bytes | Awaitable[bytes] | None:
+        """Messages wait: whoever is here gets them, before what comes behind this note. Who is only coming gets them
+        behind what other routers have still to write."""
         sessions = list(self._router.sessions(str(account)).values())
         for own in map(_own, sessions):
             if own.doubtful:
@@ -102,6 +106,9 @@ class _Offline:
         here = [session for session in sessions if wants_stored(_own(session))]
         if not here:
             return None
+        here = [session for session in here if _own(session).id not in self._coming]
+        if not here:
+            return b""
         session = next(filter(self._router.is_open, here), here[0])
         self._router.hold(session)
         return self._give_to(session)
@@ -122,13 +129,18 @@ class _Offline:
             self._read_back.owe(own)
             self._read_back.confirmed(own)
 
+    def started(self, session: Session) -> None:
+        self._coming.add(_own(session).id)
+
     def ended(self, session: Session, _was_available: bool) -> None:
         """What it had and has not confirmed is for the account's other sessions, when all of that is written."""
+        self._coming.discard(_own(session).id)
         self._router.in_background(self._offer_rest(session.jid.bare), "what a session has not confirmed")
 
     def left(self, session: Session) -> None:
         """Another router took it over while this one stood still, or was cut off: what this one has stored for it
         since, that one has not given."""
+        self._coming.discard(_own(session).id)
         if _own(session).closed:
             self._router.in_background(self._offer_rest(session.jid.bare), "what is another router's to give")
 
@@ -139,7 +151,10 @@ class _Offline:
     async def available(self, session: Session) -> None:
         """3.1: all that waits, in order, before anything newer; also what is only being written: the account's last
         session was given it, and has not confirmed it."""
-        await self._backlogs.written(session.jid.bare)
+        try:
+            await self._backlogs.written(session.jid.bare)
+        finally:
+            self._coming.discard(_own(session).id)
         await self._give(session)
 
     async def _give(self, session: Session) -> None:

@@ -10,6 +10,7 @@ import pytest
 from services.router import backlogs, notes
 from tests.unit.router.nodes import HOST, UP, Client, Nodes, running, soon
 from tests.unit.router.unsure_database import UnsureDatabase, at_once, away
+from tidings.xmpp.jid import Jid
 
 
 async def way_of_messages(nodes: Nodes, router: str) -> UnsureDatabase:
@@ -76,6 +77,29 @@ async def test_who_comes_reads_the_store_when_another_router_has_written_what_it
         may_write.set()
         await soon(lambda: again.numbers() == [0, 1], f"in order, and not {again.numbers()}")
         await soon(lambda: not nodes.routers["a"]._backlogs._behind, "nothing waits any more")
+
+
+async def test_who_comes_and_waits_is_not_given_what_others_have_stored_meanwhile(tmp_path: Path) -> None:
+    """That a message waits for her is told by each router that has written one."""
+    async with running(tmp_path, "a", "b", strategy="broadcast") as nodes:
+        await nodes.up("a", "b")
+        romeo, juliet = await nodes.client("romeo", at="a"), await nodes.client("juliet", at="b")
+        may_write = asyncio.Event()
+        (await way_of_messages(nodes, "b")).before = may_write.wait  # type: ignore[assignment]
+        romeo.say(f"juliet@{HOST}/r", 0)
+        await soon(lambda: nodes.routers["a"]._backlogs._behind == {"b"}, "the other router knows")
+        asked = count_asked(nodes, "b")
+        juliet.disconnect()
+        await soon(lambda: nodes.session("b", "juliet") is None, "it is seen that she has gone")
+        again = await comes(nodes, "juliet", at="a")
+        await soon(lambda: bool(asked), "it is asked for what it has for her")
+        romeo.say(f"juliet@{HOST}/r", 1)
+        await nodes.waiting("juliet", 1)
+        told = nodes.routers["a"].routing.notes._hooks.notes["offline"](Jid("juliet", HOST, ""), b"")
+        assert told == b"", "she comes to it"
+        assert again.numbers() == []
+        may_write.set()
+        await soon(lambda: again.numbers() == [0, 1], "in order")
 
 
 async def test_who_comes_waits_as_long_as_the_other_router_says_that_it_has_not_come_to_it_but_not_for_ever(
