@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.router import backlogs, notes
+from services.router import backlogs, forward_links, notes
 from tests.unit.router.nodes import HOST, UP, Client, Nodes, running, soon
 from tests.unit.router.unsure_database import UnsureDatabase, at_once, away
 from tidings.xmpp.jid import Jid
@@ -188,8 +188,10 @@ async def test_a_router_that_comes_while_another_one_has_a_backlog_is_told_and_o
 async def test_what_the_table_finds_a_place_for_waits_for_what_another_router_has_not_made_safe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when that was not so long for it to be a backlog; and while this router's own messages wait."""
+    """Also when that was not so long for it to be a backlog, or for a doubt; and while this router's own messages
+    wait."""
     monkeypatch.setattr(backlogs, "LONG", 60.0)
+    monkeypatch.setattr(forward_links, "SLOW", 60.0)
     async with running(tmp_path, "a", "b", "c", strategy="online-users") as nodes:
         await nodes.up("a", "b", "c")
         romeo, juliet = await nodes.client("romeo", at="a"), await nodes.client("juliet", at="b")
