@@ -21,7 +21,7 @@ from tidings.cluster.hashing import rendezvous
 from tidings.kit.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Iterable
 
     from services.router.connector_link import ConnectorLink
     from services.router.iq_deadlines import IqDeadlines
@@ -87,10 +87,12 @@ class Copies:
             await marked(messages)
             unmatched = messages.unmatched
             for session, number in unmarked.values():
-                if unmatched and any(id_ in unmatched for _, id_ in session.unmarked):
-                    # Whoever takes the session over must know, should the message come.
+                places = (place for place, id_ in session.unmarked if id_ in unmatched)
+                if unmatched and (first := next(places, None)) is not None:
+                    # Whoever takes the session over must know, should the message come. It was delivered behind what
+                    # was confirmed before; up to `first` others may be that were confirmed with it.
                     self._unmarked.setdefault(session.id, (session, number))
-                    number = _before_any(unmatched, session)
+                    number = max((place for place, _ in session.unmarked if place < first), default=session.marked)
                 session.marked = max(session.marked, number)
                 while session.unmarked and session.unmarked[0][0] <= number:
                     session.unmarked.popleft()
@@ -234,14 +236,6 @@ class Copies:
             return None
         session.copied[link] = key
         return state_of(session)
-
-
-def _before_any(ids: Collection[bytes], session: Session) -> int:
-    """Up to which delivery a session's client had confirmed before it confirmed any of these: they were delivered
-    behind that, and one acknowledgement may have covered many."""
-    places = [place for place, _ in session.unmarked]
-    first = next(place for place, id_ in session.unmarked if id_ in ids)
-    return max((place for place in places if place < first), default=session.marked)
 
 
 def _key(session: Session) -> object:

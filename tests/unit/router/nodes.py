@@ -217,7 +217,8 @@ class Client:
         self.written = ""
         self.send(f"<iq type='set' id='b'><bind xmlns='{BIND}'><resource>r</resource></bind></iq>")
 
-    async def log_in(self) -> None:
+    async def come(self) -> None:
+        """Logs in up to its first presence, which may have to wait for something."""
         await self.open("<mechanisms")
         await self.authenticate()
         await self.open("<bind")
@@ -225,7 +226,15 @@ class Client:
         await self.until("<jid>")
         self.written = ""
         self.send("<presence/>")
+
+    async def log_in(self) -> None:
+        await self.come()
         await self.until("<presence")
+
+    async def answered(self) -> None:
+        """Waits until all that it has sent before is dealt with."""
+        self.send("<iq type='get' id='behind'><ping xmlns='urn:xmpp:ping'/></iq>")
+        await self.until('id="behind"')
 
 
 STREAMS = "http://etherx.jabber.org/streams"
@@ -412,6 +421,17 @@ class Nodes:
 
         self.databases[name].behind = until_told
         return told
+
+    def looks_for_unsafe(self, router: str) -> list[tuple[str, ...]]:
+        """From now on: the flows of which a router has looked whether others have made safe what they have of it."""
+        looks: list[tuple[str, ...]] = []
+
+        def is_unsafe(flow: tuple[str, ...]) -> bool:
+            looks.append(flow)
+            return self.routers[router]._links.is_unsafe(flow)
+
+        self.routers[router]._safety.is_unsafe_elsewhere = is_unsafe
+        return looks
 
     def is_waited_for(self, router: str, name: str) -> bool:
         """Whether something waits at a router for a session that is arriving there."""

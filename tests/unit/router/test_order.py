@@ -28,13 +28,7 @@ async def test_what_comes_behind_what_another_router_has_given_to_a_session_that
         nodes.databases["b"].before = wait
         romeo.say(f"juliet@{HOST}/r", 1)
         await soon(lambda: juliet.numbers() == [0, 1], "what b has taken")
-        asked: list[tuple[str, ...]] = []
-
-        def is_unsafe(flow: tuple[str, ...]) -> bool:
-            asked.append(flow)
-            return nodes.routers["a"]._links.is_unsafe(flow)
-
-        nodes.routers["a"]._safety.is_unsafe_elsewhere = is_unsafe
+        asked = nodes.looks_for_unsafe("a")
         juliet.disconnect()
         await soon(lambda: nodes.session("b", "juliet") is None, "it is seen that she has gone")
         romeo.say(f"juliet@{HOST}/r", 2)
