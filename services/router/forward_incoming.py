@@ -111,7 +111,8 @@ class IncomingLink:
         item = Item(
             (envelope.from_jid.partition("/")[0], account), account, resource,
             (envelope.children[0], envelope.stanza) if mode in NOTES else envelope,
-            mode, source=self.incarnation, answer=partial(self._answered, sequence, index, envelope.prompt),
+            mode, source=self.incarnation, guess=envelope.prompt,
+            answer=partial(self._answered, sequence, index, envelope.prompt),
         )  # fmt: skip
         if envelope.kind == MESSAGE and envelope.number and mode not in NOTES:
             item.waiter = batch.message(index)

@@ -57,6 +57,8 @@ class Item:
     origin: Any = None
     # Where it came from: the incarnation of another router, '' from this one.
     source: str = ""
+    # One of several routers is asked, of which it is not known who takes it; who does not, holds nothing up.
+    guess: bool = False
     # How often nobody took it.
     missed: int = 0
     # It comes from a router that has died: sessions that were there may be others' by now, or will be.

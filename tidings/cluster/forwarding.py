@@ -158,7 +158,7 @@ class Forwarder:
             group.first = first
         if not item.order:
             item.order = self._next()
-        copy = Item(item.flow[:2], item.account, item.resource, item.payload, Mode.SESSIONS)
+        copy = Item(item.flow[:2], item.account, item.resource, item.payload, Mode.SESSIONS, guess=not plan.certain)
         for node in plan.nodes:
             flow.outstanding += 1
             self._send(node, copy, Sent(flow, item, node, group))
@@ -438,7 +438,7 @@ class Forwarder:
 
     def _refuse(self, item: Item) -> None:
         if item.mode in (Mode.DECIDE, Mode.SESSIONS):
-            self._refusals.give(item.source, item.flow)
+            self._refusals.give(item.source, item.flow, item.guess)
         item.taken = False
         self._finished(item)
 

@@ -27,8 +27,12 @@ class Refusals:
         """How many of a router we have seen; it is told so with each stanza."""
         return self._taken.get(router, 0)
 
-    def give(self, router: str, flow: tuple[str, ...]) -> None:
+    def give(self, router: str, flow: tuple[str, ...], guess: bool = False) -> None:
+        """`guess`: it was one of several that were asked. Then what comes behind it is not refused: its sender sends
+        nothing before one has taken it, and what another one has taken does not come back."""
         number = self._given[router] = self._given.get(router, 0) + 1
+        if guess:
+            return
         flows = self._flows.setdefault(router, OrderedDict())
         flows[flow] = number
         flows.move_to_end(flow)

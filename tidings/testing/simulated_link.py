@@ -78,8 +78,9 @@ class Link:
             self.world.later(self.world.random.expovariate(20), lambda: self._answer(number, refused, by))
 
         copy = Item(
-            item.flow, item.account, item.resource, item.payload, item.mode, source=self.router.own, answer=answer
-        )
+            item.flow, item.account, item.resource, item.payload, item.mode,
+            source=self.router.own, guess=item.guess, answer=answer,
+        )  # fmt: skip
         target.forwarder.incoming(copy, version, seen)
 
     def _answer(self, number: int, refused: bool, version: int) -> None:

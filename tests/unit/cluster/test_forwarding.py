@@ -40,6 +40,7 @@ class Port:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, Any, Sent]] = []
+        self.guesses: list[bool] = []
         self.full: set[str] = set()
         self.errors: list[Any] = []
         self.decided: list[Any] = []
@@ -47,6 +48,7 @@ class Port:
 
     def send(self, node: str, item: Item, sent: Sent, refusals_seen: int) -> None:
         self.sent.append((node, item.payload, sent))
+        self.guesses.append(item.guess)
 
     def crowded(self, plan: Plan) -> bool:
         return not self.full.isdisjoint((plan.decides, *plan.nodes))
@@ -342,6 +344,31 @@ def test_what_waited_behind_a_stanza_that_is_refused_is_refused_too() -> None:
     assert answers[2:] == [(3, False)]
     incoming(4, 3)
     assert answers[3:] == [(4, True)], "its sender knows"
+
+
+def test_who_was_only_asked_and_has_nobody_refuses_nothing_behind_it() -> None:
+    """Another router has taken that one, so nothing comes back, and the next one may be for sessions here, too. Plays,
+    `broadcast`: behind a headline for one device, presence for the account reached that device only, where the other
+    router's refusal of the headline was slow."""
+    forwarder, _ = forwarding(HERE)
+    port = SlowPort()
+    forwarder._port = port  # type: ignore[assignment]
+    answers: list[tuple[Any, bool]] = []
+    for number in (1, 2):
+        copy = item(number)
+        copy.mode, copy.source, copy.guess = Mode.SESSIONS, "a", True
+        copy.answer = lambda item: answers.append((item.payload, item.taken))
+        forwarder.incoming(copy, 0, 0)
+    port.waiting.pop()()
+    assert answers == [(1, False), (2, True)]
+
+
+@pytest.mark.parametrize("guess", [False, True])
+def test_a_copy_says_whether_it_is_known_who_takes_it(guess: bool) -> None:
+    forwarder, port = forwarding(Plan(nodes=("a", "b"), certain=not guess))
+    forwarder.run(item(0))
+    assert [sent.group.certain for _, _, sent in port.sent if sent.group] == [not guess] * 2
+    assert port.guesses == [guess] * 2
 
 
 @pytest.mark.parametrize("to", ["", "balcony"], ids=["account", "full JID"])

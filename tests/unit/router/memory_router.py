@@ -157,7 +157,10 @@ class Links:
                 assert sent.waiter is not None
                 sent.waiter.settle()
 
-        copy = Item(item.flow[:2], item.account, item.resource, payload, item.mode, source=self._own, answer=answered)
+        copy = Item(
+            item.flow[:2], item.account, item.resource, payload, item.mode, source=self._own, guess=item.guess,
+            answer=answered,
+        )  # fmt: skip
         if sent.waiter is not None:
             copy.waiter = Counting(safe)
         there.incoming(copy, here.view.version, refusals_seen)

@@ -183,10 +183,13 @@ class Envelope(google.protobuf.message.Message):
     refusals_seen: builtins.int
     """Between routers: how many refusals of the receiver its sender had taken when it sent this. A router that
     has refused one of a flow (bare sender to bare receiver) refuses those behind it too, until one comes
-    whose sender knew of it: so nothing overtakes.
+    whose sender knew of it: so nothing overtakes. Not behind a refused copy with `prompt`.
     """
     prompt: builtins.bool
-    """Between routers: the sender waits for the answer; without it an answer that says only "taken" is not sent."""
+    """Between routers: the sender waits for the answer; without it an answer that says only "taken" is not sent. On a
+    copy for sessions it says that several routers are asked of which it is not known who has them: one that refuses
+    holds nothing up.
+    """
     answered: builtins.bool
     """From a connector that brings a session to another router, and from the router to one that gets a copy: an IQ request
     that has its answer, or a message that has come back or is safe. In the record of a session: what the client may

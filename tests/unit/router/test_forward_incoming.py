@@ -1,0 +1,46 @@
+"""What another router sends, taken from its link."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.router.forward_incoming import IncomingLink
+from tests.unit.cluster.test_forwarding import SlowPort
+from tidings.api.common.v1.stanza_pb2 import Envelope, Forwarding
+from tidings.api.router.v1.router_pb2 import ForwardRequest
+from tidings.cluster.forwarding import Forwarder
+from tidings.cluster.node import Node, NodeState
+from tidings.cluster.strategy import HERE
+from tidings.cluster.view import ClusterView
+from tidings.kit.module import PRESENCE
+
+from .test_forward_outgoing import Fixed
+
+ROMEO, JULIET = "romeo@example.org/orchard", "juliet@example.org"
+
+
+class Devices(SlowPort):
+    """A router with one session, of which it is told nothing by the first stanza."""
+
+    def decide(self, item, plan):  # type: ignore[no-untyped-def]
+        self.decided.append(item.payload.id)
+        item.taken = item.payload.id != "for another device"
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+async def test_behind_a_refused_copy_only_what_may_come_back_is_refused(prompt: bool) -> None:
+    """`prompt` says of a copy that several routers were asked, and another one may have taken it: then it does not come
+    back (common.v1 Envelope)."""
+    port = Devices()
+    forwarder = Forwarder(Fixed(HERE), port)  # type: ignore[arg-type]
+    forwarder.view_changed(ClusterView(1, [Node("a", "a", "127.0.0.1", 5777, ("router",), NodeState.UP)]))
+    link = IncomingLink("a", forwarder)
+    for sequence, id_ in enumerate(("for another device", "for all"), 1):
+        envelope = Envelope(
+            kind=PRESENCE, id=id_, from_jid=ROMEO, to_jid=JULIET,
+            forwarding=Forwarding.FORWARDING_SESSIONS, prompt=prompt,
+        )  # fmt: skip
+        link.receive(ForwardRequest(sequence=sequence, envelopes=[envelope]))
+    answers = {answer.sequence: answer.refused for answer in link.outbox.batch.answers}
+    assert answers == {1: True, 2: not prompt}
+    assert port.decided == (["for another device", "for all"] if prompt else ["for another device"])
