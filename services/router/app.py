@@ -94,7 +94,7 @@ class Router:
         self._own = own
         self._accounts = SqlAccountStore(context.database)
         rosters = SqlRosterStore(context.database)
-        self._messages = SqlMessageStore(context.database)
+        self._messages = SqlMessageStore(context.database, context.member)
         table = SqlSessionTable(context.database)
 
         self.sessions = sessions = Sessions()
@@ -360,6 +360,10 @@ class Router:
         # Nobody's time is over by a router that has none.
         self._api.stop()
         self._resumption.stop()
+        if self._member.is_put_out:
+            # What other routers had sent here they have sent another way, and who has taken a session over has its
+            # messages: written now they would come a second time, behind later ones, or though an error has gone out.
+            self._messages.supersede(lambda origin: bool(origin) and self.sessions.get(origin) is None)
         await self._messages.stop()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain, islice
 
 from services.router.messages import Done, Message
@@ -30,6 +30,10 @@ MAX_REMEMBERED = 50_000
 STEADY_TRIES = 10
 MAX_TRIES = 16
 MAX_EARLY = 50_000
+
+
+class Superseded(Exception):
+    """Other routers have dealt with a message, and who has waited for it here waits no more."""
 
 
 class Waiting:
@@ -226,6 +230,12 @@ class WriteQueue:
             if waiting.message.account == account:
                 self._settle(waiting, None)
 
+    def supersede(self, is_others: Callable[[str], bool]) -> None:
+        """What sessions have sent that are others' by now needs no writing any more; `is_others`: by their ids."""
+        for waiting in (*self._under_way, *self._messages):
+            if is_others(waiting.message.origin):
+                self._settle(waiting, Superseded())
+
     def give_up(self, error: Exception) -> None:
         """Nothing is written any more."""
         for waiting in (*self._under_way, *self._messages):
@@ -285,6 +295,8 @@ def telling(committed: asyncio.Future[None]) -> Done:
             return
         if error is None:
             committed.set_result(None)
+        elif isinstance(error, Superseded):
+            committed.cancel()
         else:
             committed.set_exception(error)
 

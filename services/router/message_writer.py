@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from typing import Protocol
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -29,16 +30,31 @@ MARKS_PAUSE = 0.05
 # Seconds between two tries while the database is away; and until marks are written again that found no message.
 RETRY = 0.5
 EARLY = 1.0
+UNSURE = "the cluster has not said for long that this node is a member"
 
 # What the database, or the making of a statement, says of a message that can never be written.
 BAD_DATA = (DataError, IntegrityError, ValueError, OverflowError)
 
 
-class MessageWriter:
-    """Writes the messages of some accounts, one group at a time. What comes before `start` waits for it."""
+class Membership(Protocol):
+    """What the writer asks of `tidings.kit.membership.Member`."""
 
-    def __init__(self, database: Database) -> None:
+    @property
+    def unsure(self) -> bool: ...
+
+    async def is_in(self) -> bool: ...
+
+
+class MessageWriter:
+    """Writes the messages of some accounts, one group at a time. What comes before `start` waits for it.
+
+    A router that may have been put out writes nothing until it knows that it was not: the others have dealt with what
+    it had, and would meet it again.
+    """
+
+    def __init__(self, database: Database, member: Membership | None = None) -> None:
         self._database = database
+        self._member = member
         self.queue = WriteQueue()
         self._tasks = Tasks()
         # Something has come that the writer may not know of.
@@ -128,9 +144,14 @@ class MessageWriter:
         async def work(connection: AsyncConnection) -> set[bytes]:
             if group:
                 await statements.insert(connection, group)
-            return await statements.mark(connection, marks) if marks else set()
+            missing = await statements.mark(connection, marks) if marks else set()
+            if self._is_unsure():
+                raise DatabaseAway(UNSURE)  # it has stood still in the midst of this
+            return missing
 
         try:
+            if self._is_unsure() and not await self._is_in():
+                raise DatabaseAway(UNSURE)
             # A mark must not miss a message that another server of Galera has committed.
             missing = await self._database.transaction(work, causal=bool(marks))
         except BAD_DATA as error:
@@ -155,6 +176,13 @@ class MessageWriter:
             asyncio.get_running_loop().call_later(EARLY * wait, self._mark_again, early)
         self.queue.written(missing)
         return True
+
+    def _is_unsure(self) -> bool:
+        # What is left when the router stops is written: nobody else has it (MessageStore.supersede).
+        return self._member is not None and self._member.unsure and not self._stopping
+
+    async def _is_in(self) -> bool:
+        return self._member is None or await self._member.is_in() or self._stopping
 
 
 def _driver_error(error: Exception) -> Exception:

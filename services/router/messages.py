@@ -124,9 +124,9 @@ class MessageStore(Protocol):
         """Puts a message into the next commit.
 
         `done(None)` is called when it is committed, or was kept already under its id, or needs no writing any more;
-        `done(error)` only for a message that can never be written, and when the store stops. While the database is
-        away the message waits, in order, and is tried again. `done` is called on the loop, and in the order of the
-        writes of an account; out of turn only for messages that need no writing.
+        `done(error)` only for a message that can never be written, by `supersede`, and when the store stops. While
+        the database is away the message waits, in order, and is tried again. `done` is called on the loop, and in the
+        order of the writes of an account; out of turn only for messages that need no writing.
         """
 
     async def keep(self, message: Message) -> None:
@@ -141,6 +141,11 @@ class MessageStore(Protocol):
         not written at all, and its `done(None)` is called at once. What is not known may be on its way from another
         router: it MUST be marked when it comes within two minutes. Ids that are never known do no harm.
         """
+
+    def supersede(self, is_others: Callable[[str], bool]) -> None:
+        """Messages of sessions that are others' by now (`is_others`: by their ids; '' where there is none) that wait
+        to be committed are not written any more: those deal with them. `done` gets `Superseded`, and who waits in
+        `keep` is cancelled. What is under way may be written all the same."""
 
     @property
     def waiting_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from services.router.message_queue import WriteQueue, telling
@@ -76,6 +76,9 @@ class MemoryMessageStore:
     def delivered(self, account: Jid, ids: Iterable[bytes]) -> None:
         self._queue.mark(ids)
         self._commit_soon()
+
+    def supersede(self, is_others: Callable[[str], bool]) -> None:
+        self._queue.supersede(is_others)
 
     def _commit_soon(self) -> None:
         if not self._commit_comes:

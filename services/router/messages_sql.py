@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from zlib import crc32
 
 import sqlalchemy as sa
@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.router.archive_sql import KEPT, SqlArchive, kept, of
 from services.router.message_queue import telling
-from services.router.message_writer import GROUP, MessageWriter
+from services.router.message_writer import GROUP, Membership, MessageWriter
 from services.router.messages import CLAIMED, Done, Kept, Message
 from services.router.schema import archive_preferences, message_positions, messages, sessions
 from tidings.kit.db import Database
@@ -34,9 +34,10 @@ SETTLE_STEP = 200
 class SqlMessageStore(SqlArchive):
     """Satisfies `services.router.messages.MessageStore`. What is written before `start` waits for it."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, member: Membership | None = None) -> None:
+        """`member`: while that is unsure whether the node is still in the cluster nothing is written."""
         super().__init__(database)
-        self._writers = [MessageWriter(database) for _ in range(1 if database.sqlite else WRITERS)]
+        self._writers = [MessageWriter(database, member) for _ in range(1 if database.sqlite else WRITERS)]
 
     async def start(self) -> None:
         for writer in self._writers:
@@ -91,6 +92,10 @@ class SqlMessageStore(SqlArchive):
 
     def delivered(self, account: Jid, ids: Iterable[bytes]) -> None:
         self._writer(account).mark(ids)
+
+    def supersede(self, is_others: Callable[[str], bool]) -> None:
+        for writer in self._writers:
+            writer.queue.supersede(is_others)
 
     # --- what is pending ---
 

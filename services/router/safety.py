@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from services.router.message_queue import Superseded
 from services.router.messages import Message, MessageStore, id_text, message_id, wanted
 from services.router.offers import Offers
 from tidings.kit.logging import get_logger
@@ -254,6 +255,8 @@ class Safety:
         waiter: Waiter | None = None,
         sender: Session | None = None,
     ) -> None:
+        if isinstance(error, Superseded):
+            return  # whose session it was is another router's, or another router has its message
         if error is not None:
             # It is not safe, and will never be: its sender is not told that it is.
             log.error("message_not_stored", reason=str(error))

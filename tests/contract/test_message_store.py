@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.router.message_queue import MESSAGE_BYTES
+from services.router.message_queue import MESSAGE_BYTES, Superseded
 from services.router.messages import CLAIMED, ArchiveQuery, Preferences, UnknownId
 from services.router.retention import DAY_MS, PORTION, Retention
 from tests.contract.message_stores import (
@@ -232,6 +232,31 @@ async def test_while_the_database_is_away_messages_wait_in_order_and_without_an_
     await settled(stores.store)
     assert await archive(stores) == list(range(1, 60)), "who was told that it is not kept may send it again"
     assert await stores.store.pending_count(ROMEO) == 59
+
+
+async def test_what_others_have_dealt_with_is_not_written_and_the_rest_is(stores: Stores) -> None:
+    stores.set_away(True)
+    told = Told()
+    own, others = [
+        [message(ROMEO, number, origin=origin) for number in (1, 2)] for origin in ("session", "another's")
+    ]
+    told.write(stores.store, own[0], others[0], own[1], others[1])
+    stores.store.supersede(lambda origin: origin == "another's")
+    assert told.order == [one.id for one in others]
+    assert all(isinstance(error, Superseded) for error in told.errors.values())
+    stores.set_away(False)
+    await told.of(4)
+    assert len(told.errors) == 2
+    await settled(stores.store)
+    assert sorted(kept.id for kept in await stores.other.pending(ROMEO, "s", 10)) == sorted(one.id for one in own)
+
+
+async def test_who_keeps_a_message_that_others_have_dealt_with_is_cancelled(stores: Stores) -> None:
+    keeping = asyncio.ensure_future(stores.store.keep(message(ROMEO, 1)))
+    await asyncio.sleep(0)
+    stores.store.supersede(lambda _origin: True)
+    with pytest.raises(asyncio.CancelledError):
+        await keeping
 
 
 async def test_while_the_database_is_away_who_asks_is_told_so(stores: Stores) -> None:

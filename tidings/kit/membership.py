@@ -102,6 +102,8 @@ class Member:
         self._tasks = tasks
         self._load = load
         self._expelled = expelled
+        # The cluster has put this node out: what it had is others' by now.
+        self.is_put_out = False
         self._peers = peers
         self._lease = lease
         self._own_registry = own_registry
@@ -194,6 +196,12 @@ class Member:
         if self._joined:
             await self._beat_once()
         return self._joined and self._written >= asked and self._clock() - asked < self._lease / 2
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the cluster may have put this node out without its knowing: no registry has taken a beat for half
+        of the time that this needs. It stood still, or is cut off, or the database is away; `is_in` finds out."""
+        return self.is_put_out or (self._joined and self._clock() - self._written >= self._lease / 2)
 
     def reaches(self, node: Node) -> None:
         """A node has answered, and be it that it does not serve yet."""
@@ -361,7 +369,7 @@ class Member:
     def _put_out(self, why: str) -> None:
         if self._joined:
             log.error("put_out", node=self.node.hostname, incarnation=self.node.incarnation, reason=why)
-            self._joined = False
+            self._joined, self.is_put_out = False, True
             self._expelled(why, Expelled.PUT_OUT)
 
     # --- the view ---

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -114,9 +115,10 @@ async def tasks() -> AsyncIterator[Tasks]:
 
 
 def member(
-    registry: Registry, tasks: Tasks, node: Node = NODE, expelled: Any = lambda _why, _how: None, peers: Any = list
-) -> Member:
-    return Member(node, lambda: registry.channels, tasks, lambda: (1.0, 2.0), expelled, peers)
+    registry: Registry, tasks: Tasks, node: Node = NODE, expelled: Any = lambda _why, _how: None, peers: Any = list,
+    clock: Callable[[], float] = time.monotonic,
+) -> Member:  # fmt: skip
+    return Member(node, lambda: registry.channels, tasks, lambda: (1.0, 2.0), expelled, peers, clock=clock)
 
 
 async def test_who_joins_beats_and_sees_the_others(registry: Registry, tasks: Tasks) -> None:
@@ -191,6 +193,25 @@ async def test_who_asks_whether_it_is_still_in_is_told_by_a_beat(registry: Regis
     await registry.store.leave("n1", "i1")
     assert not await first.is_in()
     assert told == [Expelled.PUT_OUT]
+
+
+async def test_who_has_not_beaten_for_long_is_unsure_whether_it_is_still_in_until_it_is_told(
+    registry: Registry, tasks: Tasks
+) -> None:
+    ahead = 0.0
+    first = member(registry, tasks, clock=lambda: time.monotonic() + ahead)
+    assert not first.unsure, "it has not joined"
+    await first.join(5)
+    assert not first.unsure
+    ahead = 2.6
+    assert first.unsure, "it may have stood still for half a lease"
+    assert await first.is_in()
+    assert not first.unsure
+    assert not first.is_put_out
+    await registry.store.leave("n1", "i1")
+    assert not await first.is_in()
+    assert first.is_put_out
+    assert first.unsure, "for good"
 
 
 async def test_without_any_registry_there_is_nothing_to_join(registry: Registry, tasks: Tasks) -> None:
