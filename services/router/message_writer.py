@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Protocol
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
@@ -30,6 +31,10 @@ MARKS_PAUSE = 0.05
 # Seconds between two tries while the database is away; and until marks are written again that found no message.
 RETRY = 0.5
 EARLY = 1.0
+# Seconds between two moments that the writer knows of when nothing is to be written; and from one to the next for the
+# router to have stood still.
+TICK = 0.5
+STILL = 2.0
 UNSURE = "the cluster has not said for long that this node is a member"
 
 # What the database, or the making of a statement, says of a message that can never be written.
@@ -48,8 +53,8 @@ class Membership(Protocol):
 class MessageWriter:
     """Writes the messages of some accounts, one group at a time. What comes before `start` waits for it.
 
-    A router that may have been put out writes nothing until it knows that it was not: the others have dealt with what
-    it had, and would meet it again.
+    A router that may have been put out, for it stood still, writes nothing until it knows that it was not: the others
+    have dealt with what it had, and would meet it again.
     """
 
     def __init__(self, database: Database, member: Membership | None = None) -> None:
@@ -64,6 +69,9 @@ class MessageWriter:
         self._began = 0.0
         # The last commit failed.
         self.away = False
+        # The last moment that the writer knows of; and it has stood still since the last beat of its node.
+        self._awake = time.monotonic()
+        self._stood_still = False
         self._stopping = False
         self._stopped = False
 
@@ -117,15 +125,14 @@ class MessageWriter:
     async def _until_due(self) -> None:
         """Waits until there is something to write, and till the next group may begin."""
         while True:
-            due = self._due()
-            if due is not None and due <= asyncio.get_running_loop().time():
+            self._is_unsure()
+            due, now = self._due(), asyncio.get_running_loop().time()
+            if due is not None and due <= now:
                 return
             self._woken.clear()
-            try:
-                async with asyncio.timeout_at(due):
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(now + TICK if due is None else min(due, now + TICK)):
                     await self._woken.wait()
-            except TimeoutError:
-                return
 
     def _due(self) -> float | None:
         waiting = self.queue.messages
@@ -178,8 +185,14 @@ class MessageWriter:
         return True
 
     def _is_unsure(self) -> bool:
-        # What is left when the router stops is written: nobody else has it (MessageStore.supersede).
-        return self._member is not None and self._member.unsure and not self._stopping
+        """Whether the node may have been put out: it stood still, or has not reached the database. That no registry
+        takes its beats is alone no reason to write nothing. What is left when the router stops is written in any
+        case: nobody else has it then (`MessageStore.supersede`)."""
+        if self._member is None:
+            return False
+        still, self._awake = time.monotonic() - self._awake, time.monotonic()
+        self._stood_still = self._member.unsure and (self._stood_still or still > STILL)
+        return (self._stood_still or (self.away and self._member.unsure)) and not self._stopping
 
     async def _is_in(self) -> bool:
         return self._member is None or await self._member.is_in() or self._stopping
