@@ -53,7 +53,7 @@ POOL_SIZE = 8
 
 # Transactions that met another one are tried again, so often, after a pause of up to so many seconds, which doubles:
 # two servers of Galera that change one row at the same time would meet again and again.
-TRIES = 5
+TRIES = 8
 AGAIN = 0.005
 
 # MySQL: deadlock, which is also what Galera says when another server's transaction was first; lock wait timeout;
