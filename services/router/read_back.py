@@ -153,14 +153,14 @@ class ReadBack:
                 if not self._deliveries.room(session):
                     await self._confirmation(session)
                     continue
+                left = session.left
                 found, after = await self._page(session, after)
                 if found or not self._deliveries.is_open(session):
                     continue
                 if session.id in self._again:
                     self._again.discard(session.id)
                     after = 0
-                elif session.left == committed:
-                    # Nor was anything left to the store while that was asked.
+                elif left == committed:
                     self._deliveries.caught_up(session)
                     return True
                 else:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.router import deliveries, held, read_back
-from services.router.messages import Kept, Message, message_id
+from services.router.messages import Message, message_id
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.session_record import record_of, session_of
 from services.router.sessions import Session
@@ -227,26 +227,6 @@ async def test_a_session_that_comes_to_much_that_waits_gets_it_as_it_confirms(ro
 
     await until(done)
     assert got(router, juliet) == names(60)
-
-
-async def test_what_is_left_to_the_store_while_it_says_that_nothing_waits_is_not_missed(
-    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Drills, LONG, seed 9: it waited in the store for as long as nobody looked there, and came behind later ones."""
-    romeo, juliet = await router.session("romeo"), await juliet_at(router)
-    pending, late = router.stores.messages.pending, ["13", "12"]
-
-    async def at_that_moment(*arguments: Any) -> list[Kept]:
-        found = await pending(*arguments)
-        if not found and late:
-            await send(router, romeo, [late.pop()], str(JULIET))
-        return found
-
-    monkeypatch.setattr(router.stores.messages, "pending", at_that_moment)
-    await send(router, romeo, names(12), str(JULIET))
-    await all_acknowledged(router, juliet, 14)
-    await send(router, romeo, ["14"], str(JULIET))
-    assert got(router, juliet) == names(15)
 
 
 @pytest.mark.parametrize(("window", "window_bytes"), [(10, 100_000), (100, 1000), (100, 100_000)])
