@@ -50,6 +50,15 @@ class Membership(Protocol):
     async def is_in(self) -> bool: ...
 
 
+class Alone:
+    """A node that nobody puts out."""
+
+    unsure = False
+
+    async def is_in(self) -> bool:
+        return True
+
+
 class MessageWriter:
     """Writes the messages of some accounts, one group at a time. What comes before `start` waits for it.
 
@@ -59,7 +68,7 @@ class MessageWriter:
 
     def __init__(self, database: Database, member: Membership | None = None) -> None:
         self._database = database
-        self._member = member
+        self._member = member or Alone()
         self.queue = WriteQueue()
         self._tasks = Tasks()
         # Something has come that the writer may not know of.
@@ -157,7 +166,7 @@ class MessageWriter:
             return missing
 
         try:
-            if self._is_unsure() and not await self._is_in():
+            if self._is_unsure() and not await self._member.is_in() and not self._stopping:
                 raise DatabaseAway(UNSURE)
             # A mark must not miss a message that another server of Galera has committed.
             missing = await self._database.transaction(work, causal=bool(marks))
@@ -185,17 +194,13 @@ class MessageWriter:
         return True
 
     def _is_unsure(self) -> bool:
-        """Whether the node may have been put out: it stood still, or has not reached the database. That no registry
-        takes its beats is alone no reason to write nothing. What is left when the router stops is written in any
-        case: nobody else has it then (`MessageStore.supersede`)."""
-        if self._member is None:
-            return False
+        """Notices a standstill. Whether the node may have been put out: it stood still, or has not reached the
+        database. That no registry takes its beats is alone no reason to write nothing. What is left when the router
+        stops is written in any case: nobody else has it then (`MessageStore.supersede`)."""
         still, self._awake = time.monotonic() - self._awake, time.monotonic()
-        self._stood_still = self._member.unsure and (self._stood_still or still > STILL)
-        return (self._stood_still or (self.away and self._member.unsure)) and not self._stopping
-
-    async def _is_in(self) -> bool:
-        return self._member is None or await self._member.is_in() or self._stopping
+        unsure = self._member.unsure
+        self._stood_still = unsure and (self._stood_still or still > STILL)
+        return unsure and (self._stood_still or self.away) and not self._stopping
 
 
 def _driver_error(error: Exception) -> Exception:

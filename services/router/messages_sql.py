@@ -35,7 +35,7 @@ class SqlMessageStore(SqlArchive):
     """Satisfies `services.router.messages.MessageStore`. What is written before `start` waits for it."""
 
     def __init__(self, database: Database, member: Membership | None = None) -> None:
-        """`member`: while that is unsure whether the node is still in the cluster nothing is written."""
+        """`member`: of a node in a cluster, which may be put out (`MessageWriter`)."""
         super().__init__(database)
         self._writers = [MessageWriter(database, member) for _ in range(1 if database.sqlite else WRITERS)]
 

@@ -60,6 +60,19 @@ def count_asked(nodes: Nodes, router: str) -> list[str]:
     return asked
 
 
+async def waits_for_a_backlog(nodes: Nodes) -> tuple[Client, asyncio.Event]:
+    """Juliet, who has come again at a and waits there for what b has not written, and for whom there is a message more
+    since; and what lets b write."""
+    may_write = asyncio.Event()
+    romeo, juliet = await with_a_backlog(nodes, may_write.wait)
+    asked = count_asked(nodes, "b")
+    await leaves(nodes, juliet, "b")
+    again = await comes(nodes, "juliet", at="a")
+    await soon(lambda: bool(asked), "it is asked for what it has for her")
+    romeo.say(f"juliet@{HOST}/r", 1)
+    return again, may_write
+
+
 def is_present(nodes: Nodes, router: str, name: str) -> bool:
     session = nodes.session(router, name)
     return session is not None and session.presence is not None
@@ -71,13 +84,7 @@ async def test_who_comes_reads_the_store_when_another_router_has_written_what_it
 ) -> None:
     async with running(tmp_path, "a", "b", strategy=strategy) as nodes:
         await nodes.up("a", "b")
-        may_write = asyncio.Event()
-        romeo, juliet = await with_a_backlog(nodes, may_write.wait)
-        asked = count_asked(nodes, "b")
-        await leaves(nodes, juliet, "b")
-        again = await comes(nodes, "juliet", at="a")
-        await soon(lambda: bool(asked), "it is asked for what it has for her")
-        romeo.say(f"juliet@{HOST}/r", 1)
+        again, may_write = await waits_for_a_backlog(nodes)
         await soon(lambda: is_present(nodes, "a", "juliet"), "she is there again")
         assert again.numbers() == []
         may_write.set()
@@ -89,13 +96,7 @@ async def test_who_comes_and_waits_is_not_given_what_others_have_stored_meanwhil
     """That a message waits for her is told by each router that has written one."""
     async with running(tmp_path, "a", "b", strategy="broadcast") as nodes:
         await nodes.up("a", "b")
-        may_write = asyncio.Event()
-        romeo, juliet = await with_a_backlog(nodes, may_write.wait)
-        asked = count_asked(nodes, "b")
-        await leaves(nodes, juliet, "b")
-        again = await comes(nodes, "juliet", at="a")
-        await soon(lambda: bool(asked), "it is asked for what it has for her")
-        romeo.say(f"juliet@{HOST}/r", 1)
+        again, may_write = await waits_for_a_backlog(nodes)
         await nodes.waiting("juliet", 1)
         told = nodes.routers["a"].routing.notes._hooks.notes["offline"](Jid("juliet", HOST, ""), b"")
         assert told == b"", "she comes to it"
