@@ -209,13 +209,17 @@ class Deliveries:
         if envelope.number and envelope.number <= last:
             return
         if envelope.kind == MESSAGE and self._is_stored(session, envelope):
-            session.left += 1
-        elif not keep(session, behind, envelope):
+            session.last_look = session.last_look and not is_long(behind, WINDOW, WINDOW_BYTES)
+            if not session.last_look:
+                session.left += 1
+                return
+        if not keep(session, behind, envelope):
             self._ends_full(session)
 
     def caught_up(self, session: Session) -> None:
         """Nothing waits in the store for a session: it gets what waits behind that, and then all as it comes."""
         behind, session.behind = session.behind, None
+        session.last_look = False
         session.notes.pop(BEHIND, None)
         session.changed()
         self._let_out(session, behind or ())

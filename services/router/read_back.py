@@ -153,17 +153,17 @@ class ReadBack:
                 if not self._deliveries.room(session):
                     await self._confirmation(session)
                     continue
-                left = session.left
                 found, after = await self._page(session, after)
                 if found or not self._deliveries.is_open(session):
                     continue
                 if session.id in self._again:
                     self._again.discard(session.id)
                     after = 0
-                elif left == committed:
+                elif session.left == committed:
                     self._deliveries.caught_up(session)
                     return True
                 else:
+                    session.last_look = True
                     left = session.left
                     if await written(self._messages, RETRY):
                         committed = left

@@ -41,9 +41,9 @@ class Session:
     __slots__ = (
         "account", "asked", "asks", "behind", "closed", "connector", "copied", "directed", "doubtful", "early",
         "epoch", "fresh", "frozen", "held", "holder", "holding", "holds", "id", "inbound", "interested", "jid",
-        "jid_text", "lane", "lang", "left", "link", "marked", "moving", "notes", "old_copies", "outbound", "pinged",
-        "presence", "priority", "resume_seconds", "seen_available", "settling", "since", "stream", "taken",
-        "uncopied", "unmarked", "unsure", "waits", "withheld",
+        "jid_text", "lane", "lang", "last_look", "left", "link", "marked", "moving", "notes", "old_copies",
+        "outbound", "pinged", "presence", "priority", "resume_seconds", "seen_available", "settling", "since",
+        "stream", "taken", "uncopied", "unmarked", "unsure", "waits", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -116,9 +116,11 @@ class Session:
         self.held: deque[Envelope] | None = None
         self.holds = 0
         # It does not read as fast as others write: messages for it stay in the store (how many so far), and what else
-        # is routed to it waits here behind them; None: it is not behind.
+        # is routed to it waits here behind them; None: it is not behind. While the store is looked at for the last
+        # time, messages wait here too: if some were left there at every look, none would be the last.
         self.behind: deque[Envelope] | None = None
         self.left = 0
+        self.last_look = False
         # It has just been bound: messages wait a moment for its first presence (see deliveries.py).
         self.settling: asyncio.TimerHandle | None = None
         # No message has been delivered to it as it came.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from services.router import deliveries, held, read_back
-from services.router.messages import Message, message_id
+from services.router.messages import Kept, Message, message_id
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.session_record import record_of, session_of
 from services.router.sessions import Session
@@ -227,6 +227,73 @@ async def test_a_session_that_comes_to_much_that_waits_gets_it_as_it_confirms(ro
 
     await until(done)
     assert got(router, juliet) == names(60)
+
+
+def at_each_look(router: MemoryRouter, monkeypatch: pytest.MonkeyPatch, then: Callable[[], Awaitable[None]]) -> None:
+    """Whenever the store says that nothing waits, something else happens before that is known."""
+    pending = router.stores.messages.pending
+
+    async def at_that_moment(*arguments: Any) -> list[Kept]:
+        found = await pending(*arguments)
+        if not found:
+            await then()
+        return found
+
+    monkeypatch.setattr(router.stores.messages, "pending", at_that_moment)
+
+
+async def test_what_comes_while_the_store_says_that_nothing_waits_is_not_missed(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drills, LONG, seed 9: it waited in the store for as long as nobody looked there, and came behind later ones."""
+    romeo, juliet = await router.session("romeo"), await juliet_at(router)
+    late = ["13", "12"]
+
+    async def one() -> None:
+        if late:
+            await send(router, romeo, [late.pop()], str(JULIET))
+
+    at_each_look(router, monkeypatch, one)
+    await send(router, romeo, names(12), str(JULIET))
+    await all_acknowledged(router, juliet, 14)
+    await send(router, romeo, ["14"], str(JULIET))
+    assert got(router, juliet) == names(15)
+
+
+async def test_a_session_catches_up_though_something_comes_at_each_look(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If that were left to the store each time, it would be behind for ever."""
+    romeo, juliet = await router.session("romeo"), await juliet_at(router)
+    sent = 12
+
+    async def some() -> None:
+        nonlocal sent
+        await send(router, romeo, names(3, sent), str(JULIET))
+        sent += 3
+
+    at_each_look(router, monkeypatch, some)
+    await send(router, romeo, names(12), str(JULIET))
+    await all_acknowledged(router, juliet, 18)
+    assert got(router, juliet) == names(sent)
+
+
+async def test_what_is_more_than_its_window_is_left_to_the_store_also_at_the_last_look(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    romeo, juliet = await router.session("romeo"), await juliet_at(router)
+    kept, late = [], [names(40, 13), names(1, 12)]
+
+    async def many() -> None:
+        if late:
+            await send(router, romeo, late.pop(), str(JULIET))
+            kept.append(len(juliet.behind or ()))
+
+    at_each_look(router, monkeypatch, many)
+    await send(router, romeo, names(12), str(JULIET))
+    await all_acknowledged(router, juliet, 53)
+    assert kept == [0, 10]
+    assert got(router, juliet) == names(53)
 
 
 @pytest.mark.parametrize(("window", "window_bytes"), [(10, 100_000), (100, 1000), (100, 100_000)])
