@@ -172,7 +172,13 @@ class Acknowledgements:
             _tell_h(session.link, session)
             if session.outbound.queue:
                 self.ask(session)
-        elif session.outbound.queue:
+        else:
+            self.moved(session)
+
+    def moved(self, session: Session) -> None:
+        """A session has come from another router. A client without XEP-0198 answers to what that one has asked, which
+        says nothing here; and who is behind gets nothing that it would be asked about."""
+        if session.link is not None and session.outbound.queue and not session.inbound.counts:
             self._sent(session)
 
     def ask(self, session: Session) -> None:

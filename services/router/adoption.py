@@ -89,6 +89,8 @@ class Adoption:
         self.wait: Callable[[Session, float], None] = lambda _session, _seconds: None
         # Marks what a session had confirmed where it was before; that may not be written there.
         self.acknowledged: Callable[[Session, list[Envelope | bytes]], None] = lambda _session, _what: None
+        # Asks its client what it has.
+        self.moved: Callable[[Session], None] = lambda _session: None
         # Total, for metrics.
         self.adopted = 0
 
@@ -269,6 +271,7 @@ class Adoption:
             deliveries.to_session(session, envelope)
         for envelope in frozen or ():
             deliveries.deliver(session, envelope)
+        self.moved(session)
         session.lane.run(tell, self._hooks.session_attached, session)
         self.place(session)
 

@@ -166,6 +166,7 @@ class Router:
         resumption.end = negotiator.end
         resumption.whole, resumption.attached = self._adoption.whole, self._adoption.resumed
         self._adoption.wait, self._adoption.acknowledged = resumption.wait, safety.acknowledged
+        self._adoption.moved = self._acknowledgements.moved
         resumption.send_on = negotiator.send_to_session
         routing.on_answer = self._acknowledgements.is_answer
         safety.waiting_elsewhere, safety.is_unsafe_elsewhere = self._links.unsafe_bytes, self._links.is_unsafe

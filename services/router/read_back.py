@@ -51,6 +51,8 @@ class ReadBack:
         self._owed: dict[str, asyncio.Event] = {}
         # Those that are behind, and for which something may have become free that was passed over.
         self._again: set[str] = set()
+        # Those that are being looked for by `look_again`; and whether something more may be there by now.
+        self._looking: dict[str, bool] = {}
 
     # --- at once ---
 
@@ -97,6 +99,21 @@ class ReadBack:
             return  # it has had none; and what is held back for it must not go ahead of what is stored
         while self._deliveries.accepts(session) and not await self._give_rest(session):  # noqa: ASYNC110 - a retry
             await asyncio.sleep(RETRY)
+
+    def look_again(self, session: Session) -> None:
+        """The same, soon. Under fire there is more each time that it is looked for: so one look is made at a time."""
+        looks = session.id in self._looking
+        self._looking[session.id] = True
+        if not looks:
+            self._router.in_background(self._look_again(session), "what a silent router has stored")
+
+    async def _look_again(self, session: Session) -> None:
+        try:
+            while self._looking[session.id]:
+                self._looking[session.id] = False
+                await self.read_again(session)
+        finally:
+            del self._looking[session.id]
 
     # --- later ---
 

@@ -102,7 +102,7 @@ class _Offline:
         sessions = list(self._router.sessions(str(account)).values())
         for own in map(_own, sessions):
             if own.doubtful:
-                self._router.in_background(self._read_back.read_again(own), "what a silent router has stored")
+                self._read_back.look_again(own)
         here = [session for session in sessions if wants_stored(_own(session))]
         if not here:
             return None

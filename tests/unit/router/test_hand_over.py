@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from services.router import deliveries
 from services.router.adoption import in_order, tell
 from services.router.hand_over import HandOver
 from services.router.sessions import Session, Sessions
@@ -235,3 +237,34 @@ def test_an_answer_that_waited_for_a_session_that_has_ended_is_for_nobody() -> N
     ]
     hand_over.send_on(session, kept)
     assert routed == [(MESSAGE, "chat"), (IQ, "get"), (IQ, "set")]
+
+
+async def test_a_client_without_0198_that_is_behind_is_asked_again_where_its_session_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it answers to its former router's ping says nothing there, and it gets nothing of which it would be asked
+    anew: it got none of the messages that waited for it."""
+    monkeypatch.setattr(deliveries, "WINDOW", 10)
+    async with running(tmp_path, "a", "b") as nodes:
+        await nodes.up("a")
+        juliet = await nodes.client(at_home("juliet", ab="b"))
+        romeo = await nodes.client(at_home("romeo", ab="a"))
+        answered: set[str] = set()
+
+        def answers(wanted: int) -> bool:
+            for id_ in set(re.findall(r"<iq type='get' id='(p[^']+)'", juliet.written)) - answered:
+                answered.add(id_)
+                juliet.send(f"<iq type='result' id='{id_}' to='{HOST}'/>")
+            return juliet.numbers() == list(range(1, wanted + 1))
+
+        romeo.say(f"{juliet.name}@{HOST}/r", 1)
+        await soon(lambda: answers(1) and bool(answered), "the first message came and was confirmed")
+        for number in range(2, 32):
+            romeo.say(f"{juliet.name}@{HOST}/r", number)
+        await romeo.answered()
+        before = nodes.session("a", juliet.name)
+        assert before is not None
+        assert before.behind is not None
+        nodes.tell(a=UP, b=UP)
+        await nodes.is_at("b", juliet.name)
+        await soon(lambda: answers(31), f"all came; what did: {juliet.numbers()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -70,6 +71,33 @@ async def test_it_is_given_though_later_messages_were_when_that_router_says_that
     await router.send(await router.session("nurse"), message("4", juliet.jid_text))
     await until(lambda: len(got(router, juliet)) > 3)
     assert got(router, juliet) == ["1", "3", "2", "4"], "once"
+
+
+async def test_however_often_it_is_said_that_messages_wait_they_are_looked_for_one_time_after_the_other(
+    router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under fire that was said for each message, and each look read all that waits: the more came, the slower."""
+    juliet = await router.session("juliet")
+    juliet.presence, juliet.doubtful = None, True
+    begun, go_on = 0, asyncio.Event()
+    count = router.stores.messages.pending_count
+
+    async def slowly(account: Jid) -> int:
+        nonlocal begun
+        begun += 1
+        await go_on.wait()
+        return await count(account)
+
+    monkeypatch.setattr(router.stores.messages, "pending_count", slowly)
+    says = router.hooks.notes["offline"]
+    for _ in range(20):
+        assert says(JULIET, b"") is None
+    await until(lambda: begun == 1)
+    for _ in range(20):
+        says(JULIET, b"")
+    go_on.set()
+    await until(lambda: not len(router.tasks))
+    assert begun == 2, "one, and one more for all that was said meanwhile"
 
 
 async def test_what_a_router_that_died_in_a_hand_over_had_taken_goes_before_what_comes_now(
