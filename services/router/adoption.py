@@ -247,6 +247,7 @@ class Adoption:
         if arrival is not None:
             self._go_on(session, arrival)
         else:
+            self._routing.deliveries.first_presence.told(session)
             session.lane.run(tell, self._hooks.session_attached, session)
 
     def attached(self, session: Session) -> None:

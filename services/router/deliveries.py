@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from services.router.first_presence import FirstPresence, stop_settling
 from services.router.held import before, by_sender, is_behind, is_long, keep, own_copy
 from services.router.iq_deadlines import REQUESTS, IqDeadlines
 from services.router.passing import keeps_back
@@ -29,10 +29,6 @@ log = get_logger("router")
 # stops a crowd of senders from filling memory.
 MAX_TAKEN = 2000
 
-# Seconds for which a new session's messages wait for its first presence.
-FIRST_PRESENCE = 1.0
-# How many times as long when the client has sent nothing at all: it may not have been told yet that it is bound.
-PATIENCE = 2
 # Stanzas behind which a client is asked at once what it has.
 ASK_AFTER = 10
 # Unconfirmed stanzas that may share the memory of the batch that they came in.
@@ -58,6 +54,7 @@ class Deliveries:
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
+        self.first_presence = FirstPresence(self._let_through)
         self.deadlines = IqDeadlines(lambda: sessions, lambda session, envelope: self.deliver(session, envelope))
         # Whether answers wait for what their asker has sent before, and which messages are confirmed one by one:
         # safety and acknowledgements say so.
@@ -399,33 +396,9 @@ class Deliveries:
             and not session.closed
         )
 
-    def settle(self, session: Session) -> None:
-        """Keeps messages back from a session that was only just bound: with its first presence it gets what was
-        stored before."""
-        session.held = deque()
-
-    def told(self, session: Session) -> None:
-        """Its connector knows that it is bound: if its client sends no presence, it gets them after a moment."""
-        if is_settling(session) and session.settling is None:
-            self._wait_for_presence(session, PATIENCE)
-
-    def _settled(self, session: Session, left: int) -> None:
-        session.settling = None
-        if session.holds:
-            return
-        if session.lane.waiting is not None:
-            self._wait_for_presence(session, left)  # it may be among what the session has sent
-        elif left and not session.inbound.number:
-            self._wait_for_presence(session, left - 1)  # its client may not know yet that it is bound
-        else:
-            self._let_through(session)
-
-    def _wait_for_presence(self, session: Session, left: int) -> None:
-        session.settling = asyncio.get_running_loop().call_later(FIRST_PRESENCE, self._settled, session, left)
-
     def hold(self, session: Session) -> None:
         session.holds += 1
-        _stop_settling(session)
+        stop_settling(session)
         if session.held is None:
             session.held = deque()
 
@@ -453,19 +426,8 @@ class Deliveries:
         frozen, session.frozen = session.frozen, None
         held, session.held = session.held, None
         behind, session.behind = session.behind, None
-        _stop_settling(session)
+        stop_settling(session)
         return [*(frozen or ()), *(held or ()), *(behind or ())]
-
-
-def _stop_settling(session: Session) -> None:
-    if session.settling is not None:
-        session.settling.cancel()
-        session.settling = None
-
-
-def is_settling(session: Session) -> bool:
-    """Whether a session was only just bound: messages for it wait for its first presence."""
-    return session.held is not None and not session.holds
 
 
 def wants_stored(session: Session) -> bool:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from services.router.deliveries import is_settling
+from services.router.first_presence import is_settling
 from services.router.iq_deadlines import REQUESTS
 from services.router.peers import Failed, Peers
 from services.router.session_record import record_of

@@ -328,7 +328,7 @@ class Negotiator:
             await self.displace(stale)
         self._binding.bound(session)
         self._sessions.add(session)
-        self.routing.deliveries.settle(session)
+        self.routing.deliveries.first_presence.settle(session)
         self.routing.strategy.session_opened(session.account, jid.resource)
         stream.session = session
         # With the message goes the whole batch that it came in.
@@ -337,7 +337,7 @@ class Negotiator:
             ns.BIND.encode(), escape_text(session.jid_text).encode(),
         )  # fmt: skip
         stream.link.bound(session, iq_result(request.id, "", "", payload))
-        stream.link.when_copied(partial(self.routing.deliveries.told, session))
+        stream.link.when_copied(partial(self.routing.deliveries.first_presence.told, session))
         log.debug("session_bound", session=session.id, account=session.account)
         self.hand_over.place(session)
         if self._hooks.session_started:

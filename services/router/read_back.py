@@ -7,7 +7,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from services.router.deliveries import Deliveries, is_settling, wants_stored
+from services.router.deliveries import Deliveries, wants_stored
+from services.router.first_presence import is_settling
 from services.router.messages import Kept, MessageStore, written
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.kit.db import DatabaseAway
@@ -47,6 +48,7 @@ class ReadBack:
         deliveries.on_behind = self.owe
         deliveries.on_confirmed = self.confirmed
         deliveries.read_again = self.read_again
+        deliveries.first_presence.let_doubtful_through = self.let_through
         # Sessions that get something later, each with what is set when its client confirms something.
         self._owed: dict[str, asyncio.Event] = {}
         # Those that are behind, and for which something may have become free that was passed over.
@@ -99,6 +101,18 @@ class ReadBack:
             return  # it has had none; and what is held back for it must not go ahead of what is stored
         while self._deliveries.accepts(session) and not await self._give_rest(session):  # noqa: ASYNC110 - a retry
             await asyncio.sleep(RETRY)
+
+    def let_through(self, session: Session) -> None:
+        """The first presence of a session that was taken over does not come: what its former router has stored as
+        given to it goes before what waits for that."""
+        self._deliveries.hold(session)
+        self._router.in_background(self._give_former(session), "what a router that is gone has stored for a session")
+
+    async def _give_former(self, session: Session) -> None:
+        try:
+            await self.read_again(session)
+        finally:
+            self._deliveries.release(session)
 
     def look_again(self, session: Session) -> None:
         """The same, soon. Under fire there is more each time that it is looked for: so one look is made at a time."""

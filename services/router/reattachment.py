@@ -244,16 +244,19 @@ class Reattachment:
     async def _catch_up(self, session: Session) -> None:
         """What is stored for the session goes before anything new, as when it became available; then the modules
         hear that it is here."""
+        deliveries = self._routing.deliveries
         try:
             # Who stores a message from here on knows that the session is here.
             await self._routing.notes.known()
             if wants_stored(session):
                 await tell(self._hooks.session_available, session)
-            else:
-                await self._routing.deliveries.read_again(session)
+            elif session.presence is not None:
+                await deliveries.read_again(session)
             await tell(self._hooks.session_attached, session)
         finally:
-            self._routing.deliveries.release(session)
+            # Without presence it may have been bound a moment ago: what is stored for its account goes before this.
+            no_presence = session.presence is None
+            (deliveries.first_presence.settle_again if no_presence else deliveries.release)(session)
             self._hand_over.place(session)
 
 

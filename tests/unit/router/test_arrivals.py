@@ -64,8 +64,8 @@ async def test_what_is_for_a_full_jid_does_not_go_past_what_the_table_has_sent_a
         romeo = await a.session("romeo")
         juliet = await b.session("juliet", available=False)
         a.routing.strategy.view_changed(view(2, a=NodeState.UP, b=NodeState.UP))
-        b.routing.deliveries.settle(juliet)
-        b.routing.deliveries.told(juliet)
+        b.routing.deliveries.first_presence.settle(juliet)
+        b.routing.deliveries.first_presence.told(juliet)
         for number in range(1, 7):
             one = message(str(number), JULIET if number % 2 else f"{JULIET}/r")
             one.from_jid = romeo.jid_text

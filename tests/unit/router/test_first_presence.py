@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.router import deliveries, read_back
+from services.router import first_presence, read_back
 from services.router.messages import Done, Message
 from services.router.messages_memory import MemoryMessageStore
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
@@ -52,7 +52,7 @@ def store() -> LateStore:
 
 @pytest.fixture
 async def router(store: LateStore, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MemoryRouter]:
-    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 3600.0)
+    monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 3600.0)
     await store.stores.accounts.create(JULIET.domain, JULIET.local, {})
     made = MemoryRouter(stores=store.stores, modules=MODULES)
     yield made
@@ -65,9 +65,9 @@ async def bound(router: MemoryRouter, counts: bool = True, told: bool = True) ->
     if counts:
         session.inbound.enable()
         session.outbound.enable()
-    router.routing.deliveries.settle(session)
+    router.routing.deliveries.first_presence.settle(session)
     if told:
-        router.routing.deliveries.told(session)
+        router.routing.deliveries.first_presence.told(session)
     return session
 
 
@@ -201,7 +201,7 @@ async def test_what_comes_again_and_was_sent_before_anything_that_a_session_got_
 async def held_up(router: MemoryRouter, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, asyncio.Event]:
     """Juliet's session, while something that she has sent takes longer than her first presence is waited for; the
     event ends that. She has been sent two messages."""
-    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 0.01)
+    monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 0.01)
     romeo, juliet = await router.session("romeo"), await bound(router)
     may = asyncio.Event()
 
@@ -243,7 +243,7 @@ async def test_what_is_no_message_does_not_go_past_a_message_of_the_same_sender_
     router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Numbers of one sender rise over all that it sends: the message would be taken for one that was had."""
-    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 0.01)
+    monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 0.01)
     romeo, nurse = await router.session("romeo"), await router.session("nurse")
     juliet = await bound(router)
     await send(router, romeo, "1", juliet.jid)
@@ -262,7 +262,7 @@ async def test_a_client_that_has_sent_nothing_yet_is_waited_for_a_little_longer(
     router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may not have been told yet that it is bound."""
-    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 0.01)
+    monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 0.01)
     romeo, juliet = await router.session("romeo"), await bound(router)
     first = juliet.settling
     await send(router, romeo, "1", juliet.jid)
@@ -275,7 +275,7 @@ async def test_the_waiting_begins_when_the_connector_has_been_told_of_the_sessio
     router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a busy machine that takes longer than the waiting: its client was not late."""
-    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 0.0)
+    monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 0.0)
     romeo, juliet = await router.session("romeo"), await bound(router, told=False)
     juliet.inbound.number = 1
     await send(router, romeo, "1", JULIET)
@@ -283,5 +283,5 @@ async def test_the_waiting_begins_when_the_connector_has_been_told_of_the_sessio
     for _ in range(10):
         await asyncio.sleep(0)
     assert (got(router, juliet), juliet.settling) == ([], None)
-    router.routing.deliveries.told(juliet)
+    router.routing.deliveries.first_presence.told(juliet)
     await until(lambda: got(router, juliet) == ["2"])

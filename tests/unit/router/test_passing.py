@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.router import deliveries
+from services.router import first_presence
 from services.router.sessions import Session
 from tests.unit.router.memory_router import MemoryRouter, message, until
 from tidings.api.common.v1.stanza_pb2 import Envelope
@@ -38,7 +38,7 @@ class Holder:
 
 @pytest.fixture
 async def router(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MemoryRouter]:
-    monkeypatch.setattr(deliveries, "FIRST_PRESENCE", 3600.0)
+    monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 3600.0)
     made = MemoryRouter()
     yield made
     await made.stop()
@@ -88,7 +88,7 @@ async def test_while_it_is_held_back_it_is_not_safe(router: MemoryRouter, what: 
     """A new session that has sent no presence yet, or one that moves: with the router it would be lost."""
     romeo, juliet, holder = await two(router)
     if what == "held":
-        router.routing.deliveries.settle(juliet)
+        router.routing.deliveries.first_presence.settle(juliet)
     else:
         setattr(juliet, what, type(romeo.outbound.queue)())
     for id_ in ("1", "2"):
@@ -109,7 +109,7 @@ async def test_while_it_is_held_back_it_is_not_safe(router: MemoryRouter, what: 
 
 async def test_nobody_waits_for_a_session_that_has_gone_meanwhile(router: MemoryRouter) -> None:
     romeo, juliet, _ = await two(router)
-    router.routing.deliveries.settle(juliet)
+    router.routing.deliveries.first_presence.settle(juliet)
     await router.send(romeo, message("1", juliet.jid_text, "headline"))
     assert romeo.inbound.h == 0
     await router.end(juliet)
@@ -122,6 +122,6 @@ async def test_nor_for_one_that_ends_with_its_router_or_does_not_read(router: Me
     await router.send(romeo, message("1", juliet.jid_text, "headline"))
     assert (holder.had, romeo.inbound.h) == ([], 1)
     nurse = await router.session("nurse")
-    router.routing.deliveries.settle(nurse)
+    router.routing.deliveries.first_presence.settle(nurse)
     await router.send(romeo, message("2", nurse.jid_text, "headline"))
     assert romeo.inbound.h == 2

@@ -12,6 +12,7 @@ import pytest
 
 from services.connector.router_link import RouterLink
 from services.connector.session_copy import SessionCopy
+from services.router import first_presence
 from services.router.store import SessionRow
 from tests.unit.router.nodes import HOST, Client, Nodes, at_home, running, soon
 from tests.unit.router.unsure_database import at_once, away
@@ -55,6 +56,21 @@ async def resumed(nodes: Nodes, client: Client, previous: str, h: int) -> Client
     await again.open("<bind")
     again.send(f"<resume xmlns='{SM}' previd='{previous}' h='{h}'/>")
     await again.until("<resumed")
+    return again
+
+
+async def bound(nodes: Nodes, client: Client, manages: bool) -> Client:
+    """Logs in once more, and sends no presence."""
+    nodes.prefers = "b"
+    again = Client(nodes, client.name)
+    await again.open("<mechanisms")
+    await again.authenticate()
+    await again.open("<bind")
+    again.bind()
+    await again.until("<jid>")
+    if manages:
+        await enabled(again)
+    await again.answered()
     return again
 
 
@@ -149,6 +165,46 @@ async def test_what_a_dead_router_had_stored_and_not_delivered_comes_first(tmp_p
             romeo.say(f"{juliet.name}@{HOST}{'/r' if number % 2 else ''}", number)
         await juliet.until("<body>60</body>")
         assert juliet.numbers() == list(range(1, 61))
+
+
+@pytest.mark.parametrize("manages", [True, False], ids=["0198", "plain"])
+async def test_who_has_sent_no_presence_when_its_router_dies_gets_what_was_stored_before_what_is_for_it_alone(
+    tmp_path: Path, manages: bool
+) -> None:
+    """As with a router that lives. Log-ins under fire, on a slow machine: hundreds of messages out of order."""
+    async with pair(tmp_path) as (nodes, romeo, juliet):
+        juliet.disconnect()
+        await soon(lambda: nodes.session("b", juliet.name) is None, "she is gone")
+        for number in (1, 2):
+            romeo.say(f"{juliet.name}@{HOST}", number)
+        await nodes.waiting(juliet.name, 2)
+        again = await bound(nodes, juliet, manages)
+        romeo.say(f"{juliet.name}@{HOST}/r", 3)
+        await nodes.waiting(juliet.name, 3)
+        await nodes.kill("b")
+        await nodes.is_at("a", juliet.name)
+        romeo.say(f"{juliet.name}@{HOST}/r", 4)
+        await romeo.answered()
+        again.send("<presence/>")
+        await again.until("<body>4</body>")
+        assert again.numbers() == [1, 2, 3, 4]
+
+
+async def test_who_sends_no_presence_at_all_gets_what_is_for_it_alone_though_its_router_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 0.3)
+    async with pair(tmp_path) as (nodes, romeo, juliet):
+        juliet.disconnect()
+        await soon(lambda: nodes.session("b", juliet.name) is None, "she is gone")
+        again = await bound(nodes, juliet, False)
+        romeo.say(f"{juliet.name}@{HOST}/r", 1)
+        await nodes.waiting(juliet.name, 1)
+        await nodes.kill("b")
+        await nodes.is_at("a", juliet.name)
+        romeo.say(f"{juliet.name}@{HOST}/r", 2)
+        await again.until("<body>2</body>")
+        assert again.numbers() == [1, 2]
 
 
 async def test_who_leaves_as_soon_as_it_may_resume_has_a_copy_that_waits_for_it(

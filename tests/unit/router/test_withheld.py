@@ -129,7 +129,7 @@ async def test_an_answer_of_somebody_else_waits_for_what_was_sent_before_its_req
 async def test_an_error_of_the_server_does_not_wait_for_the_first_presence(router: MemoryRouter) -> None:
     """It would be lost with the stream, though answers go out meanwhile."""
     romeo = await router.session("romeo", available=False)
-    router.routing.deliveries.settle(romeo)
+    router.routing.deliveries.first_presence.settle(romeo)
     await router.send(romeo, message("1", f"nobody@{HOST}"))
     await router.send(romeo, iq("get", "2", HOST, PING))
     await until(lambda: got(router, romeo) == [("error", "1"), ("result", "2")])
