@@ -43,7 +43,7 @@ log = get_logger("router")
 # Seconds between two looks at who has not confirmed what it got.
 LOOK = 0.25
 # Seconds for a client without XEP-0198 to confirm what it got before its stream is closed; and between two looks.
-LAST_CONFIRMATION = 1.0
+LAST_CONFIRMATION = 3.0
 SOON = 0.01
 
 
