@@ -117,7 +117,12 @@ class SessionCopy:
             Delivered(one.delivery, one.origin, one.number, one.kind, one.stanza) for one in record.unacknowledged
         )
         now = time.monotonic()
-        self._asked = {(one.to_jid, one.id): now - IQ_DEADLINE + one.left for one in record.asked}
+        asked = {(one.to_jid, one.id): now - IQ_DEADLINE + one.left for one in record.asked}
+        # Behind them what has passed here already: the client may ask before the router of a session that has moved
+        # says how it began there.
+        had = {(normal(one.to_jid), one.id) for one in record.unconfirmed if one.kind == IQ and one.answered}
+        since = {request: at for request, at in self._asked.items() if request not in asked and request not in had}
+        self._asked = {**asked, **since}
         self.record = SessionRecord()
         self.record.CopyFrom(record)
         self.record.ClearField("unacknowledged")

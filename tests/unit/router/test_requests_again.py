@@ -44,6 +44,22 @@ def test_a_copy_that_begins_in_the_midst_waits_for_no_answer_that_has_come() -> 
     assert waited_for(copy) == ["2"]
 
 
+def test_what_a_client_asks_before_the_next_router_has_said_how_its_session_began_is_waited_for() -> None:
+    """Drills, LONG, seed 13: that router died a moment later, and nobody answered."""
+    session = Session(ROMEO, "en", None, 1, nothing)
+    session.inbound.enable()
+    for id_ in "01":
+        session.inbound.count(Counted(session.inbound.take(), IQ, id_, JULIET, b"<iq/>"))
+    session.inbound.settle(2)
+    session.inbound.resume()
+    copy = SessionCopy("r1")
+    for id_ in "13":
+        copy.sent(request(id_))
+    copy.begin(record_of(session, [(JULIET, "2", 5.0)]), b"")
+    copy.sent(request("4"))
+    assert waited_for(copy) == ["2", "3", "4"], "the first of them is repeated, and had its answer before"
+
+
 def test_a_copy_knows_an_address_in_all_its_spellings() -> None:
     """RFC 7622 3.2, 3.3: the answer comes from the address as the server writes it."""
     copy = SessionCopy("r1")
