@@ -280,7 +280,7 @@ class _Case:
                 continue  # it was lost on the way, and its sender leaves it at that
             asker = self.lives[asked.session]
             until = answers[0].at if answers else self.end
-            waited = asker.working(asked.at, until)
+            waited = asker.served(asked.at, until)
             if waited > ANSWER_WITHIN:
                 yield Finding(UNANSWERED, key, f"{asked.session} waited {waited:.1f} s for {asked.to}")
             elif not answers and not patient and asker.ended is None:

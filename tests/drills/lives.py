@@ -6,7 +6,21 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tests.drills.history import Available, Began, Cut, Ended, Event, Managed, Resumed
+from tests.drills.history import (
+    Acknowledged,
+    Answered,
+    Available,
+    Began,
+    Bounced,
+    Confirmed,
+    Cut,
+    Ended,
+    Event,
+    Managed,
+    Received,
+    Resumed,
+    Saw,
+)
 
 
 def account_of(jid: str) -> str:
@@ -31,6 +45,10 @@ class Life:
     cuts: list[float] = field(default_factory=list)
     # From when to when it had a working stream; the last one may be open.
     spans: list[tuple[float, float | None]] = field(default_factory=list)
+    # When something came on its stream for the last time; and the times behind that until the stream was lost: it may
+    # have been dead already, with the process that held it.
+    heard: float = -math.inf
+    silent: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def account(self) -> str:
@@ -56,6 +74,11 @@ class Life:
             max(0.0, min(until, until if end is None else end) - max(since, start)) for start, end in self.spans
         )
 
+    def served(self, since: float, until: float) -> float:
+        """The same, without the times in which nothing came before a stream was lost."""
+        silent = (max(0.0, min(until, end) - max(since, start)) for start, end in self.silent)
+        return self.working(since, until) - sum(silent)
+
     def broken_before(self, when: float) -> bool:
         """Its stream was lost, or it ended, before that."""
         return any(cut <= when for cut in self.cuts) or (self.ended is not None and self.ended <= when)
@@ -65,6 +88,7 @@ class Life:
         start, end = self.spans[-1]
         if end is None:
             self.spans[-1] = (start, at)
+            self.silent.append((max(start, self.heard), at))
 
 
 class Lives:
@@ -91,6 +115,10 @@ class Lives:
                 self._lives[event.session].cuts.append(event.at)
             case Resumed():
                 self._lives[event.session].spans.append((event.at, None))
+            case Received() | Bounced() | Answered() | Acknowledged() | Confirmed() | Saw() if (
+                event.session in self._lives
+            ):
+                self._lives[event.session].heard = event.at
             case Ended():
                 life = self._lives[event.session]
                 life.close(event.at)

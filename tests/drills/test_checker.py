@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from tests.drills.checker import ANSWERED_TWICE, DOUBLED, ENDED_EARLY, LOST, PHANTOM, UNANSWERED, check
-from tests.drills.history import Answered, Asked, Available, Bounced, Dropped, Event, Received
+from tests.drills.history import Acknowledged, Answered, Asked, Available, Bounced, Dropped, Event, Received
 from tests.drills.story import B2, A, B, Story, both
 
 # --- delivered, or stored, or bounced ---
@@ -194,10 +194,24 @@ def test_two_answers_are_found() -> None:
 
 def test_the_time_without_a_working_stream_does_not_count() -> None:
     def story() -> Story:
-        return both().tell(Asked, "a", "q", B).wait(20).cut("a").wait(60).resume("a")
+        asked = both().tell(Asked, "a", "q", B).wait(20)
+        return asked.tell(Acknowledged, "a", ()).cut("a").wait(60).resume("a")
 
     assert story().wait(5).tell(Answered, "a", "q", B).found() == []
     assert story().wait(15).found() == [UNANSWERED]
+
+
+def test_nor_does_the_time_in_which_nothing_came_before_a_stream_was_lost() -> None:
+    """The process that held it stood still, and its client took some time to notice (LONG, seed 13)."""
+
+    def story(before: float, behind: float) -> Story:
+        asked = both().tell(Asked, "a", "q", B).wait(before).tell(Acknowledged, "a", ()).wait(60)
+        return asked.cut("a").wait(1).resume("a").wait(behind)
+
+    assert UNANSWERED not in story(20, 9).found()
+    assert UNANSWERED in story(20, 11).found()
+    assert UNANSWERED in story(31, 0).found()
+    assert UNANSWERED in both().tell(Asked, "a", "q", B).wait(31).found(), "it was not lost"
 
 
 def test_who_has_gone_or_gave_the_request_up_needs_no_answer() -> None:
