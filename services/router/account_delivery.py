@@ -165,11 +165,11 @@ class AccountDelivery:
 
     @staticmethod
     def _comes_late(envelope: Envelope, item: Item, present: Sequence[Session]) -> bool:
-        """Whether a message that was for another resource, which is gone, comes behind later ones of its sender: its
-        sessions would take it for a repeated one. It is stored, and read back from there."""
+        """Whether a message that was for another resource, which is gone, comes behind later stanzas of its sender:
+        one of these sessions would take it for a repeated one. It is stored, and read back there for one of them."""
         if item.resource or "/" not in envelope.to_jid or not envelope.number:
             return False
-        return all(envelope.number <= session.taken.get(envelope.origin, 0) for session in present)
+        return any(envelope.number <= session.taken.get(envelope.origin, 0) for session in present)
 
     def give(self, session: Session, envelope: Envelope, waiter: Waiter | None = None, alone: bool = False) -> None:
         """To one session, whatever it is (8.5.3.1). `alone`: no other one, here or elsewhere, is given it."""

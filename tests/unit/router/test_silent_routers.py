@@ -12,7 +12,7 @@ from services.router.messages import CLAIMED
 from services.router.modules import rfc6121_presence, rfc6121_roster, xep_0160_offline
 from services.router.sessions import Session
 from services.router.stranded import Stranded, rest_first
-from tests.unit.router.memory_router import HOST, MemoryRouter, message, until, view
+from tests.unit.router.memory_router import HOST, MemoryRouter, message, presence, until, view
 from tidings.api.common.v1.stanza_pb2 import Envelope
 from tidings.cluster.node import NodeState
 from tidings.kit.module import MESSAGE
@@ -188,3 +188,23 @@ async def test_what_waits_for_a_copy_is_not_written_to_the_stream_that_resumes_m
     for then in holder.waiting:
         then()
     assert got(router, juliet) == ["2"]
+
+
+async def test_what_waited_for_a_session_that_has_ended_comes_in_order_to_one_that_had_later_presence_of_its_sender(
+    router: MemoryRouter,
+) -> None:
+    """Another session of the account has had none, and gets all live (drills, LONG, seed 16): the first one took it for
+    repeated, though the store said that it had it, and read it there behind later ones."""
+    romeo, two = await router.session("romeo"), await router.session("juliet", "two")
+    one = await router.session("juliet", "one")
+    late = message("late", f"juliet@{HOST}/gone")
+    late.from_jid = romeo.jid_text
+    assert router.safety.accept(romeo, late)
+    await router.send(romeo, presence(to=two.jid_text))
+    romeo.lane.run(router.routing.from_session, romeo, late)
+    await router.send(romeo, message("after", str(JULIET)))
+    await until(lambda: "after" in got(router, one) and "after" in got(router, two))
+    told_that_messages_wait(router)
+    await until(lambda: not len(router.tasks))
+    assert got(router, two) == ["late", "after"]
+    assert got(router, one) == ["after"]
