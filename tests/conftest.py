@@ -8,7 +8,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import hypothesis  # noqa: F401 - CPython 3.11 can fail in its import at the end of a run of many processes
+import hypothesis  # here, for CPython 3.11 can fail in its import at the end of a run of many processes
 import pytest
 
 from tidings.kit.database_url import DatabaseUrl, parse
@@ -16,6 +16,10 @@ from tidings.kit.db import Database
 from tidings.testing.galera import PROVIDER, Galera
 from tidings.testing.mariadb import MariaDB
 from tidings.testing.server import ONE_PROCESS, WAYS, Installation
+
+# How long an example takes says nothing on a machine that others use too.
+hypothesis.settings.register_profile("tidings", deadline=None)
+hypothesis.settings.load_profile("tidings")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
