@@ -116,19 +116,19 @@ class SessionCopy:
         self._delivered = deque(
             Delivered(one.delivery, one.origin, one.number, one.kind, one.stanza) for one in record.unacknowledged
         )
-        now = time.monotonic()
-        asked = {(one.to_jid, one.id): now - IQ_DEADLINE + one.left for one in record.asked}
-        # Behind them what has passed here already: the client may ask before the router of a session that has moved
-        # says how it began there.
-        had = {(normal(one.to_jid), one.id) for one in record.unconfirmed if one.kind == IQ and one.answered}
-        since = {request: at for request, at in self._asked.items() if request not in asked and request not in had}
-        self._asked = {**asked, **since}
         self.record = SessionRecord()
         self.record.CopyFrom(record)
         self.record.ClearField("unacknowledged")
         self.record.ClearField("taken")
         self.record.ClearField("since")
         self.record.ClearField("asked")
+        now, since = time.monotonic(), self._asked
+        self._asked = {(one.to_jid, one.id): now - IQ_DEADLINE + one.left for one in record.asked}
+        # Behind them what has passed here already: the client may ask before the router of a session that has moved
+        # says how it began there.
+        for request, at in since.items():
+            if not self._had_answer(request):
+                self._asked.setdefault(request, at)
 
     def state(self, state: SessionRecord) -> None:
         """All but the queues, as it is now."""
@@ -177,15 +177,22 @@ class SessionCopy:
 
     def sent(self, sent: Sent) -> None:
         self._sent.append(sent)
-        if sent.kind == IQ and sent.type in REQUESTS and sent.to and not sent.answered and not self._repeats(sent):
+        if sent.kind == IQ and sent.type in REQUESTS and sent.to and not sent.answered:
+            request = normal(sent.to), sent.id
+            if self._had_answer(request):
+                return
             if len(self._asked) >= MAX_ASKED:
                 del self._asked[next(iter(self._asked))]
-            self._asked.setdefault((normal(sent.to), sent.id), time.monotonic())
+            self._asked.setdefault(request, time.monotonic())
 
-    def _repeats(self, sent: Sent) -> bool:
-        """Whether it is sent again, and had been dealt with: then an answer is waited for only if it was before."""
+    def _had_answer(self, request: tuple[str, str]) -> bool:
+        """Whether a request, to whom and its id, is sent again, and had been dealt with: then an answer is waited for
+        only if it was before."""
+        to, id_ = request
         unconfirmed = self.record.unconfirmed if self.record is not None else ()
-        return any(one.answered and (one.kind, one.id, one.to_jid) == (IQ, sent.id, sent.to) for one in unconfirmed)
+        return any(
+            one.answered and (one.kind, one.id) == (IQ, id_) and normal(one.to_jid) == to for one in unconfirmed
+        )
 
     def delivered(self, envelope: Envelope, raw: bytes) -> None:
         record, number, kind = self.record, envelope.number, envelope.kind

@@ -254,9 +254,11 @@ class Reattachment:
                 await deliveries.read_again(session)
             await tell(self._hooks.session_attached, session)
         finally:
-            # Without presence it may have been bound a moment ago: what is stored for its account goes before this.
-            no_presence = session.presence is None
-            (deliveries.first_presence.settle_again if no_presence else deliveries.release)(session)
+            if session.presence is not None:
+                deliveries.release(session)
+            else:
+                # It may have been bound a moment ago: what is stored for its account goes before what is held.
+                deliveries.first_presence.settle_again(session)
             self._hand_over.place(session)
 
 

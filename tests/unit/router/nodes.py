@@ -222,13 +222,17 @@ class Client:
         self.written = ""
         self.send(f"<iq type='set' id='b'><bind xmlns='{BIND}'><resource>r</resource></bind></iq>")
 
-    async def come(self) -> None:
-        """Logs in up to its first presence, which may have to wait for something."""
+    async def come_silently(self) -> None:
+        """Logs in, and sends no presence."""
         await self.open("<mechanisms")
         await self.authenticate()
         await self.open("<bind")
         self.bind()
         await self.until("<jid>")
+
+    async def come(self) -> None:
+        """Logs in up to its first presence, which may have to wait for something."""
+        await self.come_silently()
         self.written = ""
         self.send("<presence/>")
 

@@ -59,15 +59,16 @@ async def resumed(nodes: Nodes, client: Client, previous: str, h: int) -> Client
     return again
 
 
+async def left(nodes: Nodes, juliet: Client) -> None:
+    juliet.disconnect()
+    await soon(lambda: nodes.session("b", juliet.name) is None, "she is gone")
+
+
 async def bound(nodes: Nodes, client: Client, manages: bool) -> Client:
     """Logs in once more, and sends no presence."""
     nodes.prefers = "b"
     again = Client(nodes, client.name)
-    await again.open("<mechanisms")
-    await again.authenticate()
-    await again.open("<bind")
-    again.bind()
-    await again.until("<jid>")
+    await again.come_silently()
     if manages:
         await enabled(again)
     await again.answered()
@@ -173,8 +174,7 @@ async def test_who_has_sent_no_presence_when_its_router_dies_gets_what_was_store
 ) -> None:
     """As with a router that lives. Log-ins under fire, on a slow machine: hundreds of messages out of order."""
     async with pair(tmp_path) as (nodes, romeo, juliet):
-        juliet.disconnect()
-        await soon(lambda: nodes.session("b", juliet.name) is None, "she is gone")
+        await left(nodes, juliet)
         for number in (1, 2):
             romeo.say(f"{juliet.name}@{HOST}", number)
         await nodes.waiting(juliet.name, 2)
@@ -195,8 +195,7 @@ async def test_who_sends_no_presence_at_all_gets_what_is_for_it_alone_though_its
 ) -> None:
     monkeypatch.setattr(first_presence, "FIRST_PRESENCE", 0.3)
     async with pair(tmp_path) as (nodes, romeo, juliet):
-        juliet.disconnect()
-        await soon(lambda: nodes.session("b", juliet.name) is None, "she is gone")
+        await left(nodes, juliet)
         again = await bound(nodes, juliet, False)
         romeo.say(f"{juliet.name}@{HOST}/r", 1)
         await nodes.waiting(juliet.name, 1)

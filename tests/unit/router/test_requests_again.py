@@ -30,6 +30,18 @@ def request(id_: str, answered: bool = False) -> Sent:
     return Sent(IQ, "get", id_, JULIET, ("ping",), b"<iq/>", answered)
 
 
+def dealt_with_but_the_first(ids: str) -> Session:
+    """A session that has just resumed. Its client may repeat these requests."""
+    session = Session(ROMEO, "en", None, 1, nothing)
+    session.inbound.enable()
+    for id_ in ids:
+        session.inbound.count(Counted(session.inbound.take(), IQ, id_, JULIET, b"<iq/>"))
+    for number in range(2, len(ids) + 1):
+        session.inbound.settle(number)
+    session.inbound.resume()
+    return session
+
+
 def waited_for(copy: SessionCopy) -> list[str]:
     record = SessionRecord()
     copy._whole(record)
@@ -46,12 +58,7 @@ def test_a_copy_that_begins_in_the_midst_waits_for_no_answer_that_has_come() -> 
 
 def test_what_a_client_asks_before_the_next_router_has_said_how_its_session_began_is_waited_for() -> None:
     """Drills, LONG, seed 13: that router died a moment later, and nobody answered."""
-    session = Session(ROMEO, "en", None, 1, nothing)
-    session.inbound.enable()
-    for id_ in "01":
-        session.inbound.count(Counted(session.inbound.take(), IQ, id_, JULIET, b"<iq/>"))
-    session.inbound.settle(2)
-    session.inbound.resume()
+    session = dealt_with_but_the_first("01")
     copy = SessionCopy("r1")
     for id_ in "13":
         copy.sent(request(id_))
@@ -73,13 +80,7 @@ def test_a_copy_knows_an_address_in_all_its_spellings() -> None:
 
 def test_what_a_client_sends_again_is_waited_for_only_if_it_was_before() -> None:
     """XEP-0198 5: it repeats what was not acknowledged; its router had dealt with the first two."""
-    session = Session(ROMEO, "en", None, 1, nothing)
-    session.inbound.enable()
-    for id_ in "123":
-        session.inbound.count(Counted(session.inbound.take(), IQ, id_, JULIET, b"<iq/>"))
-    session.inbound.settle(2)
-    session.inbound.settle(3)
-    session.inbound.resume()
+    session = dealt_with_but_the_first("123")
     copy = SessionCopy("r1")
     copy.begin(record_of(session, [(JULIET, "2", 5.0)]), b"")
     for id_ in "1234":
