@@ -203,38 +203,50 @@ class _Case:
             sent = sends[0]
             if "/" in sent.to and sent.to != self.lives[event.session].jid:
                 continue  # it was for a session that has gone: that pair's order is over
-            inherited = self._inherited(event, sent)
-            began = self.lives[event.session].began
-            early = inherited and sent.at < began
-            # What nobody had before this one began may have come to it first, though it was sent before.
-            fell = early and any(other.at < began for other in self.came[event.key])
-            chain = (event.session, sent.session, sent.to if inherited else "", early, fell)
+            leavers = self._leavers(event, sent)
+            early = bool(leavers) and sent.at < self.lives[event.session].began
+            chains = [
+                (event.session, sent.session, sent.to if leavers else "", early, fell)
+                for fell in (self._may_have_fallen(event, sent, leavers) if early else (False,))
+            ]
             place = self.place[sent.session, sent.key]
-            before = last.get(chain)
-            if before is not None and before[0] > place:
-                yield Finding(DISORDERED, event.key, f"{event.session} got it behind {before[1]}")
+            before = [last.get(chain, (-1, "")) for chain in chains]
+            follows = max((one for one in before if one[0] < place), default=None)
+            if follows is None:
+                yield Finding(DISORDERED, event.key, f"{event.session} got it behind {before[0][1]}")
             else:
-                last[chain] = (place, event.key)
+                last[chains[before.index(follows)]] = (place, event.key)
 
-    def _inherited(self, event: Received, sent: Sent) -> bool:
-        """Another session of the account could have had it: one that lived beside this one, as far as the server could know,
-        and broke before this came. (Who binds its full JID again is known to have ended.)"""
+    def _leavers(self, event: Received, sent: Sent) -> list[Life]:
+        """The other sessions of the account that could have had it: that lived beside this one, as far as the server could
+        know, and broke before this came. (Who binds its full JID again is known to have ended.) What was for this one's
+        full JID fell to another device only when there was no such session."""
         heir = self.lives[event.session]
-        if sent.to == heir.jid and not self._went_round(event, sent, heir):
-            return False
-        return any(
-            life is not heir
+        return [
+            life
+            for life in self.lives.of(heir.account)
+            if life is not heir
             and life.began <= event.at
             and (life.ended is None or life.ended > heir.began - (KNOWN if life.jid != heir.jid else 0.0))
             and (life.broken_before(event.at) or self._hung(life, event.at))
-            for life in self.lives.of(heir.account)
-        )
+            and (
+                sent.to != heir.jid
+                or (life.jid != heir.jid and sent.at < heir.began and self._had(life, event, sent))
+            )
+        ]
 
-    def _went_round(self, event: Received, sent: Sent, heir: Life) -> bool:
-        """It was for a session of the same full JID that had gone, fell to another device, and comes from there."""
-        return sent.at < heir.began and any(
-            other.at < event.at and self.lives[other.session].jid != heir.jid for other in self.came[event.key]
-        )
+    def _had(self, life: Life, event: Received, sent: Sent) -> bool:
+        """Whether a session got it before this came, or may have been given it, and broke before that reached its client."""
+        got = any(other.session == life.name and other.at < event.at for other in self.came[event.key])
+        return got or _unread(life, sent)
+
+    def _may_have_fallen(self, event: Received, sent: Sent, leavers: Iterable[Life]) -> Sequence[bool]:
+        """Of what was sent before this session began: whether another one had had it. What nobody had may have come to this
+        one first, though it was sent before. Where only the server knows, it may be either."""
+        began = self.lives[event.session].began
+        if any(other.at < began for other in self.came[event.key]):
+            return (True,)
+        return (False, True) if any(_unread(life, sent) for life in leavers) else (False,)
 
     def _hung(self, life: Life, at: float) -> bool:
         """Whether its node stood still then: its client learnt of its end when that woke, the server before."""
@@ -402,6 +414,11 @@ class _Case:
                     count += 1
                     break
         return count
+
+
+def _unread(life: Life, sent: Sent) -> bool:
+    """Whether a session may have been given a message, as it came or from the store, and never have told its client."""
+    return life.lost_within(KNOWN, max(sent.at, life.available))
 
 
 def _is_stored(sent: Sent) -> bool:

@@ -83,6 +83,12 @@ class Life:
         """Its stream was lost, or it ended, before that."""
         return any(cut <= when for cut in self.cuts) or (self.ended is not None and self.ended <= when)
 
+    def lost_within(self, seconds: float, given: float) -> bool:
+        """What it was given at that moment, or later, may not have come to its client: its stream was lost, not closed,
+        before that, or within so many seconds."""
+        lost = [*self.cuts, *(() if self.ended is None or self.clean else (self.ended,))]
+        return any(given > when - seconds for when in lost)
+
     def close(self, at: float) -> None:
         """The stream works no longer."""
         start, end = self.spans[-1]
