@@ -64,9 +64,8 @@ class Deliveries:
         # Called once when a session has got more than its client may leave unacknowledged.
         self.on_full: Callable[[Session], None] = lambda _session: None
         # Called when a session falls behind: messages wait for it in the store. Whoever reads them says so when there
-        # are no more (`caught_up`). And called when the client of such a session has confirmed something.
+        # are no more (`caught_up`).
         self.on_behind: Callable[[Session], None] = lambda _session: None
-        self.on_confirmed: Callable[[Session], None] = lambda _session: None
         # Gives a session, by their ids, what another router has stored as given to it: one from which the session was
         # taken over, and which did not know that, or was behind its own end. Returns when that is done.
         self.read_again: Callable[[Session], Awaitable[None]] = _nothing
@@ -235,11 +234,6 @@ class Deliveries:
                 others[envelope.origin] = envelope.number
                 self._is_new(session, envelope)
                 self._give(session, envelope)
-
-    def confirmed(self, session: Session, _ids: Iterable[bytes] = ()) -> None:
-        """The client of a session has confirmed something."""
-        if session.behind is not None:
-            self.on_confirmed(session)
 
     def cut_off(self, session: Session) -> None:
         """The client of a session confirms nothing: its stream is closed, and the session waits for it, or ends."""

@@ -81,7 +81,6 @@ class Routing:
         self._links = links
         self._spawn = spawn
         self.deliveries = Deliveries(sessions)
-        safety.on_confirmed.append(self.deliveries.confirmed)
         safety.offers.spawn = spawn
         self.deliveries.on_again = lambda session, id_: safety.acknowledged(session, [id_])
         self.endings = Endings(hooks, self.step, spawn)

@@ -55,6 +55,7 @@ class _Offline:
         # Sessions that have not come to what is stored for them yet.
         self._coming: set[str] = set()
         self._read_back = ReadBack(self._router, self._messages, module.router.store(Deliveries), self._offer)
+        self._safety.on_confirmed.append(self._read_back.confirmed)
 
     async def undelivered(self, stanza: Stanza) -> bool:
         """3: `normal` and `chat` are kept; what only says that somebody types is not."""
