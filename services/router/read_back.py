@@ -60,9 +60,12 @@ class ReadBack:
 
     # --- at once ---
 
-    async def flush(self, session: Session) -> bool:
+    async def flush(self, session: Session, more: bool = False) -> bool:
         """Whether the session has got all that waits, or will get it, as one that is behind. What it is given is its
-        own until it ends; when it has had it before, it does not get it again."""
+        own until it ends; when it has had it before, it does not get it again.
+
+        `more`: it is known that something waits. Then nothing newer goes ahead of it, though the database is away.
+        """
         after = 0
         try:
             while self._deliveries.accepts(session):
@@ -75,8 +78,11 @@ class ReadBack:
                 found, after = await self._page(session, after)
                 if not found and self._deliveries.accepts(session):
                     return True
+                more = more or found
         except DatabaseAway:
-            pass
+            if more and self._deliveries.accepts(session):
+                self._deliveries.fall_behind(session)
+                return True
         return False
 
     async def _page(self, session: Session, after: int) -> tuple[bool, int]:
@@ -188,7 +194,7 @@ class ReadBack:
             return False
         self._deliveries.hold(session)
         try:
-            return await self.flush(session)
+            return await self.flush(session, more=True)
         finally:
             self._deliveries.release(session)
 

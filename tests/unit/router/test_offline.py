@@ -249,6 +249,34 @@ async def test_while_the_database_is_away_presence_goes_on_and_what_waits_comes_
     await until(lambda: texts(router, juliet) == ["new", "old"])
 
 
+async def test_when_the_database_goes_in_the_midst_of_what_is_stored_nothing_newer_goes_ahead_of_the_rest(
+    router: MemoryRouter,
+) -> None:
+    """Drills, seed 119: four of the rest were taken for had, for they had been another session's, and were lost."""
+    romeo, first = await router.session("romeo"), await router.session("juliet", "1")
+    names = [str(number) for number in range(2 * read_back.PAGE)]
+    for name in names:
+        await router.send(romeo, message(name, str(JULIET)))
+    await until(lambda: not router.stores.messages.waiting_bytes)
+    await router.end(first)
+    store, juliet = messages_of(router), await router.session("juliet", available=False)
+    pending = store.pending
+
+    async def goes(*args: Any) -> list[Kept]:
+        kept = await pending(*args)
+        store.away = True
+        return kept
+
+    store.pending = goes  # type: ignore[method-assign]
+    await router.send(juliet, presence())
+    await router.send(romeo, message("new", str(JULIET)))
+    assert texts(router, juliet) == names[: read_back.PAGE]
+    store.pending = pending  # type: ignore[method-assign]
+    store.away = False
+    await until(lambda: len(texts(router, juliet)) > 2 * read_back.PAGE)
+    assert texts(router, juliet) == [*names, "new"]
+
+
 async def test_a_first_presence_that_meets_no_database_counts_when_that_is_back(
     router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
