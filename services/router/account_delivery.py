@@ -247,17 +247,19 @@ class AccountDelivery:
             if _is_goodbye(item.payload) and await self._is_replaced(item.payload):
                 return
             elsewhere = tuple(sorted(nodes & self.others))
+            if elsewhere and item.payload.kind == MESSAGE:
+                await self._safety.offered(Jid.parse(item.account))
+            elif not elsewhere and self._own in nodes:
+                await self._sessions.arrived(item.account, SETTLED)
+            if self._forwarder.goes_behind(item):
+                return  # a router has died meanwhile that had taken what was sent before
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)
                 item.missed = TABLE_ASKED
-                if item.payload.kind == MESSAGE:
-                    await self._safety.offered(Jid.parse(item.account))
                 self._forwarder.copies(item, Plan(nodes=elsewhere, certain=False), False)
                 return
-            if self._own in nodes:
-                await self._sessions.arrived(item.account, SETTLED)
-                if self.to_sessions_here(item.payload, item):
-                    return
+            if self._own in nodes and self.to_sessions_here(item.payload, item):
+                return
             pending = self._nobody(item)
             if pending is not None:
                 await pending

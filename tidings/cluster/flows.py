@@ -63,6 +63,8 @@ class Item:
     missed: int = 0
     # It comes from a router that has died: sessions that were there may be others' by now, or will be.
     again: bool = False
+    # Whoever was deciding about it has put it back, behind what comes back itself (`Forwarder.goes_behind`).
+    put_back: bool = False
     # It was looked whether the sessions that it may be for are still here.
     checked: bool = False
     # How many refusals of this router its sender had seen when it sent it.

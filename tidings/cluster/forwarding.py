@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from tidings.cluster.flows import Doubt, Flow, Group, Item, Mode, Pending, Port, Sent
 from tidings.cluster.refusals import Refusals
 from tidings.cluster.strategy import HERE, Plan, Strategy
+from tidings.cluster.telling import Telling
 from tidings.cluster.view import ClusterView
 
 __all__ = ["Forwarder", "Item", "Mode", "Pending", "Port", "Sent"]
@@ -40,9 +41,7 @@ class Forwarder:
         self._port = port
         self._flows: dict[tuple[str, ...], Flow] = {}
         self._order = 0
-        # Notes of the strategy that are not taken yet, and who waits for which of them.
-        self._telling: set[Sent] = set()
-        self._tellers: list[tuple[set[Sent], Callable[[], None]]] = []
+        self._telling = Telling()
         self._refusals = Refusals()
         # What came by a view that is newer than ours, or from a router that is not in it yet, by flow; and which
         # of these flows were there when it was looked before.
@@ -182,10 +181,7 @@ class Forwarder:
 
     def on_told(self, then: Callable[[], None]) -> None:
         """Calls `then` when the notes that are under way now have been taken."""
-        if self._telling:
-            self._tellers.append((set(self._telling), then))
-        else:
-            then()
+        self._telling.when_over(then)
 
     # --- what becomes of it ---
 
@@ -222,6 +218,18 @@ class Forwarder:
             flows[id(flow)] = flow
         for flow in flows.values():
             self._settle(flow)
+
+    def goes_behind(self, item: Item) -> bool:
+        """For who decides about an item, and has waited: whether something comes back by now that its sender has sent
+        before (`again`). Then the item is decided about anew, behind that, and whoever asks MUST leave it at that."""
+        flow = self._flows.get(item.flow)
+        if flow is None or not flow.busy or not flow.returned:
+            return False
+        item.order = item.order or self._next()
+        item.missed = 0
+        item.put_back = True
+        flow.returned.append(item)
+        return True
 
     def refused(self, sent: Sent, version: int) -> None:
         """The receiver has not taken it; `version`: the view by which it is not the one that decides, or 0."""
@@ -271,8 +279,8 @@ class Forwarder:
 
     def _answered(self, sent: Sent) -> None:
         flow, group = sent.flow, sent.group
-        if sent in self._telling:
-            self._told(sent)
+        if sent.item.mode is Mode.STRATEGY:
+            self._telling.over(sent)
         if flow is not None:
             flow.outstanding -= 1
         if group is not None:
@@ -283,15 +291,6 @@ class Forwarder:
                 return
         if flow is not None:
             self._settle(flow)
-
-    def _told(self, sent: Sent) -> None:
-        self._telling.discard(sent)
-        for waiting, _ in self._tellers:
-            waiting.discard(sent)
-        ready = [then for waiting, then in self._tellers if not waiting]
-        self._tellers = [entry for entry in self._tellers if entry[0]]
-        for then in ready:
-            then()
 
     # --- what other routers send ---
 
@@ -421,9 +420,9 @@ class Forwarder:
         self._port.wait(pending, done)
 
     def _done(self, item: Item) -> None:
-        """An item that came from another router has been dealt with, unless copies of it are still under way: who
-        sent it keeps it until they are answered, and so does not let anything overtake it."""
-        if item.copies is not None:
+        """An item that came from another router has been dealt with, unless copies of it are still under way, or it
+        waits again: who sent it keeps it until they are answered, and so does not let anything overtake it."""
+        if item.copies is not None or item.put_back:
             return
         if not item.taken and item.mode is Mode.SESSIONS:
             self._refuse(item)
@@ -469,6 +468,7 @@ class Forwarder:
                 if self._must_wait(flow, plan, item.missed) or (self.doubts and self._is_doubtful(flow.key, plan)):
                     return
             flow.queue.popleft()
+            item.put_back = False
             if plan.decides or (item.source and self._goes_behind(item)):
                 if item.source:
                     self._refuse(item)

@@ -60,7 +60,8 @@ class Port:
         return None
 
     def wait(self, pending: Pending, then: Callable[[], None]) -> None:
-        raise AssertionError("nothing here takes time")
+        """`pending` is a list here, and it is over when what is in it is called."""
+        pending.append(then)
 
     def overflowed(self, item: Item) -> None:
         self.errors.append(item.payload)
@@ -276,6 +277,30 @@ def test_what_may_come_back_from_a_silent_router_goes_before_what_goes_elsewhere
     forwarder.again([sent])
     forwarder.doubt({})
     assert port.of("b") == [4, 1, 3]
+
+
+def test_what_is_just_being_decided_about_goes_behind_what_comes_back() -> None:
+    """Drills, seed 129: it had waited till what went before was safe at a router, and that one died."""
+    forwarder, port = forwarding(Plan(nodes=("a",)))
+    first, second = item(1), item(2)
+    first.waiter, waits = Waits(), Waits()
+    forwarder.run(first)
+    sent = port.sent[0][2]
+    port.answers("a", 1, taken=True)
+    forwarder._strategy.plan = HERE  # type: ignore[attr-defined]
+    forwarder.run(second)
+    second.waiter = waits
+    pending: list[Callable[[], None]] = []
+    forwarder.hold(second, pending)
+    assert not forwarder.goes_behind(second)
+    forwarder.again([sent])
+    assert forwarder.goes_behind(second)
+    forwarder.run(item(3))
+    assert port.decided == [1, 2]
+    pending.pop()()
+    assert port.decided == [1, 2, 1, 2, 3]
+    assert not waits.things, "it is dealt with once"
+    assert not len(forwarder)
 
 
 def test_nothing_is_dealt_with_here_while_what_went_before_may_come_back() -> None:

@@ -109,6 +109,31 @@ async def test_what_goes_elsewhere_waits_for_what_is_still_being_written_for_its
         await sending
 
 
+async def test_what_waits_for_a_router_that_dies_goes_behind_what_that_had_taken() -> None:
+    """Drills, seed 129: the first one was taken for had then, for its receiver had got the second one."""
+    async with together("abc", Stores(), strategy=OnlineUsers, modules=MODULES) as (a, b, c):
+        await a.stores.accounts.create(HOST, "juliet", {})
+        looks: list[tuple[str, ...]] = []
+        a.safety.is_unsafe_elsewhere = lambda flow: looks.append(flow) or bool(a.links.unsafe.get("b"))  # type: ignore[func-returns-value]
+        romeo, before = await a.session("romeo"), await b.session("juliet")
+        await until(lambda: a.routing.strategy.locate(JULIET, "").nodes == ("b",))
+        b.stores.messages.away = True
+        await a.send(romeo, message("1", JULIET))
+        await until(lambda: b.link.bodies(before) == ["1"])
+        await b.end(before)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(c.routing.strategy, "session_opened", lambda *_: None)  # a has not heard of it
+            juliet = await c.session("juliet")
+        await a.send(romeo, message("2", juliet.jid_text))
+        await until(lambda: len(looks) > 1)
+        assert c.link.bodies(juliet) == []
+        b.stores.messages.supersede(lambda _origin: True)  # it dies before that is written
+        b.stores.messages.away = False
+        a.links.dies("b")
+        await until(lambda: len(c.link.bodies(juliet)) == 2)
+        assert c.link.bodies(juliet) == ["1", "2"]
+
+
 async def test_what_comes_from_a_router_that_has_lost_a_session_waits_for_what_that_had_for_it() -> None:
     async with two(Broadcast) as (a, b):
         romeo, juliet = await a.session("romeo"), await b.session("juliet")
