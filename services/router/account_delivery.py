@@ -251,7 +251,7 @@ class AccountDelivery:
                 await self._safety.offered(Jid.parse(item.account))
             elif not elsewhere and self._own in nodes:
                 await self._sessions.arrived(item.account, SETTLED)
-            if self._forwarder.goes_behind(item):
+            if self._forwarder.gives_way(item):
                 return  # a router has died meanwhile that had taken what was sent before
             if elsewhere:
                 log.debug("found_by_table", account=item.account, routers=elsewhere)

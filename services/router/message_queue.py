@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 
 from services.router.messages import Done, Message
@@ -74,6 +75,8 @@ class WriteQueue:
         self._twins: dict[bytes, list[Waiting]] = {}
         self._urgent: set[Waiting] = set()
         self.waiting_bytes = 0
+        # What `watch` gives, as long as somebody looks at it.
+        self._watched: dict[object, set[bytes]] = {}
         # Marks that were ever put in, and those of them that are committed.
         self.marks_put = 0
         self.marks_written = 0
@@ -124,6 +127,8 @@ class WriteQueue:
     def mark(self, ids: Iterable[bytes]) -> None:
         """Messages are pending no longer."""
         for acknowledged in ids:
+            for known in self._watched.values():
+                known.add(acknowledged)
             found = self._same(acknowledged)
             for waiting in found:
                 if waiting.tried:
@@ -149,6 +154,16 @@ class WriteQueue:
         """What is acknowledged, and not yet known to be written so."""
         acknowledged = {known for known in self._by_id if any(one.acknowledged for one in self._same(known))}
         return acknowledged | self._marks.keys() | set(self._marks_under_way) | self._early.keys()
+
+    @contextmanager
+    def watch(self) -> Iterator[set[bytes]]:
+        """The same, and all that is acknowledged till the end of the block, be it written by then or not."""
+        watcher = object()
+        known = self._watched[watcher] = self.marked()
+        try:
+            yield known
+        finally:
+            del self._watched[watcher]
 
     def early(self, ids: Collection[bytes]) -> dict[int, list[bytes]]:
         """Marks of the group that is under way that find no message. Which of them are to be tried again later, by

@@ -114,8 +114,6 @@ class SqlMessageStore(SqlArchive):
         self, account: Jid, session: str, limit: int, low: int, alone: bool, over: Collection[str]
     ) -> tuple[list[Kept], int]:
         """The messages, and behind which position there may be more; 0: nowhere."""
-        queue = self._writer(account).queue
-        acknowledged = queue.marked()
         claim = CLAIMED + session
         living = sa.select(sessions.c.session).where(*of(sessions, account), sessions.c.session != session)
         here = (*of(messages, account), messages.c.position > low, messages.c.pending.is_(True))
@@ -139,8 +137,8 @@ class SqlMessageStore(SqlArchive):
                 )
             return [kept(row)._replace(given=bool(row.holder) and not row.holder.startswith(CLAIMED)) for row in rows]
 
-        claimed = await self._database.transaction(work, causal=True)
-        acknowledged |= queue.marked()
+        with self._writer(account).queue.watch() as acknowledged:
+            claimed = await self._database.transaction(work, causal=True)
         more = claimed[-1].position if len(claimed) == limit else 0
         return [message for message in claimed if message.id not in acknowledged], more
 

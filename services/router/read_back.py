@@ -4,8 +4,7 @@ fast as others write (it is *behind*, see deliveries.py). Nobody gets more than 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from services.router.deliveries import Deliveries, wants_stored
@@ -51,8 +50,6 @@ class ReadBack:
         deliveries.first_presence.let_doubtful_through = self.let_through
         # Sessions that get something later, each with what is set when its client confirms something.
         self._owed: dict[str, asyncio.Event] = {}
-        # Sessions for which the store is asked just now: for each time, what their clients have confirmed meanwhile.
-        self._asking: dict[str, list[set[bytes]]] = {}
         # Those that are behind, and for which something may have become free that was passed over.
         self._again: set[str] = set()
         # Those that are being looked for by `look_again`; and whether something more may be there by now.
@@ -90,10 +87,11 @@ class ReadBack:
         was given them. One that does not want what is stored for its account gets what is for it alone."""
         account = session.jid.bare
         most, alone = min(PAGE, self._deliveries.room(session)), not wants_stored(session)
+        # While the store is asked it may be told of them.
+        confirmed = {id_ for _, id_ in session.unmarked}
         here = cast("Iterable[Session]", self._router.sessions(session.account).values())
         over = [other.id for other in here if other.closed]
-        with self._asked(session) as confirmed:
-            kept = await self._messages.pending(account, session.id, most, after, alone, over)
+        kept = await self._messages.pending(account, session.id, most, after, alone, over)
         if not kept or not self._deliveries.accepts(session):
             return False, after
         page = in_order(kept)
@@ -101,20 +99,6 @@ class ReadBack:
         given = self._deliveries.give_stored(session, stored, confirmed)
         left = [message.position for message in page[given:]]
         return True, min(left) - 1 if left else kept[-1].position
-
-    @contextmanager
-    def _asked(self, session: Session) -> Iterator[set[bytes]]:
-        """The store is asked, and may be told meanwhile of what the client confirms: then it may say that this waits,
-        though it knows by now that it does not."""
-        confirmed = {id_ for _, id_ in session.unmarked}
-        asking = self._asking.setdefault(session.id, [])
-        asking.append(confirmed)
-        try:
-            yield confirmed
-        finally:
-            asking[:] = [other for other in asking if other is not confirmed]
-            if not asking:
-                del self._asking[session.id]
 
     async def read_again(self, session: Session) -> None:
         """What the session's former router has stored as given to it."""
@@ -158,10 +142,8 @@ class ReadBack:
             self._owed[session.id] = asyncio.Event()
             self._router.in_background(self._give_later(session), "stored messages")
 
-    def confirmed(self, session: Session, ids: Iterable[bytes] = ()) -> None:
+    def confirmed(self, session: Session, _ids: Sequence[bytes] = ()) -> None:
         """Its client has confirmed something, or has come back."""
-        for meanwhile in self._asking.get(session.id, ()):
-            meanwhile.update(ids)
         if session.id in self._owed:
             self._owed[session.id].set()
 

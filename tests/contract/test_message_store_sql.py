@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.router import messages_sql
 from services.router import messages_statements as statements
-from services.router.messages import ArchiveQuery, id_bytes
+from services.router.messages import ArchiveQuery, id_bytes, marked
 from services.router.messages_memory import MemoryMessageStore
 from services.router.messages_sql import GROUP, MAX_STANZA_BYTES, SqlMessageStore
 from services.router.store_memory import MemorySessionTable
@@ -177,6 +177,28 @@ async def test_through_the_death_of_the_database_nothing_is_lost_and_nothing_kep
     assert await rows(database) == 300
     await store.stop()
     await database.stop()
+
+
+async def test_what_is_acknowledged_while_it_is_asked_for_is_not_offered_though_that_is_written_before_the_answer(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drills, seed 81: the answer had it, and was dealt with behind the commit of its mark."""
+    database, _ = stores.databases()
+    for number in range(2):
+        await stores.store.keep(message(ROMEO, number))
+    transaction = database.transaction
+
+    async def late(work: Any, causal: bool = False) -> Any:
+        monkeypatch.setattr(database, "transaction", transaction)
+        answer = await transaction(work, causal=causal)
+        stores.store.delivered(ROMEO, [message(ROMEO, 0).id])
+        await marked(stores.store)
+        return answer
+
+    monkeypatch.setattr(database, "transaction", late)
+    assert numbers(await stores.store.pending(ROMEO, "s", 10)) == [1]
+    assert database.transaction == transaction
+    assert numbers(await stores.store.pending(ROMEO, "s", 10)) == [1]
 
 
 # --- two routers ---

@@ -250,9 +250,8 @@ class _Case:
 
     def _hung(self, life: Life, at: float) -> bool:
         """Whether its node stood still then: its client learnt of its end when that woke, the server before."""
-        lost = [*life.cuts, *(() if life.ended is None or life.clean else (life.ended,))]
         return any(
-            fault.what in HUNG and fault.at <= at and any(fault.at <= when <= fault.healed for when in lost)
+            fault.what in HUNG and fault.at <= at and any(fault.at <= when <= fault.healed for when in life.losses)
             for fault in self.faults
         )
 

@@ -68,6 +68,11 @@ class Life:
     def works(self) -> bool:
         return self.ended is None and self.spans[-1][1] is None
 
+    @property
+    def losses(self) -> list[float]:
+        """When its stream was lost, each time, and not closed."""
+        return [*self.cuts, *(() if self.ended is None or self.clean else (self.ended,))]
+
     def working(self, since: float, until: float) -> float:
         """The seconds of that time in which it had a working stream."""
         return sum(
@@ -86,8 +91,7 @@ class Life:
     def lost_within(self, seconds: float, given: float) -> bool:
         """What it was given at that moment, or later, may not have come to its client: its stream was lost, not closed,
         before that, or within so many seconds."""
-        lost = [*self.cuts, *(() if self.ended is None or self.clean else (self.ended,))]
-        return any(given > when - seconds for when in lost)
+        return any(given > when - seconds for when in self.losses)
 
     def close(self, at: float) -> None:
         """The stream works no longer."""

@@ -63,7 +63,7 @@ class Item:
     missed: int = 0
     # It comes from a router that has died: sessions that were there may be others' by now, or will be.
     again: bool = False
-    # Whoever was deciding about it has put it back, behind what comes back itself (`Forwarder.goes_behind`).
+    # Whoever was deciding about it has put it back, behind what comes back itself (`Forwarder.gives_way`).
     put_back: bool = False
     # It was looked whether the sessions that it may be for are still here.
     checked: bool = False

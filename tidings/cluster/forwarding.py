@@ -219,7 +219,7 @@ class Forwarder:
         for flow in flows.values():
             self._settle(flow)
 
-    def goes_behind(self, item: Item) -> bool:
+    def gives_way(self, item: Item) -> bool:
         """For who decides about an item, and has waited: whether something comes back by now that its sender has sent
         before (`again`). Then the item is decided about anew, behind that, and whoever asks MUST leave it at that."""
         flow = self._flows.get(item.flow)

@@ -292,9 +292,9 @@ def test_what_is_just_being_decided_about_goes_behind_what_comes_back() -> None:
     second.waiter = waits
     pending: list[Callable[[], None]] = []
     forwarder.hold(second, pending)
-    assert not forwarder.goes_behind(second)
+    assert not forwarder.gives_way(second)
     forwarder.again([sent])
-    assert forwarder.goes_behind(second)
+    assert forwarder.gives_way(second)
     forwarder.run(item(3))
     assert port.decided == [1, 2]
     pending.pop()()

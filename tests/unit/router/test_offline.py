@@ -211,29 +211,6 @@ async def test_what_was_given_before_it_is_stored_overtakes_nothing_that_is(rout
     assert texts(router, juliet) == ["1", "2"]
 
 
-async def test_what_a_client_confirms_while_the_store_is_asked_does_not_come_again(router: MemoryRouter) -> None:
-    """Drills, seed 81: the store found it waiting, and knew of its delivery before that had come here."""
-    romeo, juliet = await router.session("romeo"), await router.session("juliet")
-    await router.send(romeo, message("1", str(juliet.jid)))
-    pending = router.stores.messages.pending
-
-    async def slow(*args: Any) -> list[Kept]:
-        kept = await pending(*args)
-        assert len(kept) == 1
-        router.stores.messages.pending = pending  # type: ignore[method-assign]
-        router.safety.acknowledged(juliet, juliet.outbound.confirm(juliet.outbound.sent))
-        await marked(router.stores.messages)
-        return kept
-
-    router.stores.messages.pending = slow  # type: ignore[method-assign]
-    for handler in router.hooks.session_available:
-        given = handler(juliet)
-        assert given is not None
-        await given
-    assert router.stores.messages.pending is not slow
-    assert texts(router, juliet) == ["1"]
-
-
 async def test_while_the_database_is_away_presence_goes_on_and_what_waits_comes_when_it_is_back(
     router: MemoryRouter,
 ) -> None:
