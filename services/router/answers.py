@@ -137,6 +137,7 @@ class Answers:
             target=envelope.origin,
         )  # fmt: skip
         if asker is not None:
+            asker.inbound.answered(envelope.number)
             self._deliveries.deliver(asker, reply)
             self._safe_when_copied(asker, envelope)
             return

@@ -386,13 +386,14 @@ class ConnectorLink:
         session.holder = self
         self._held[session.id] = session
         self._begin_copy(session, self.command(0, session.id).attached)
-        for sent in session.inbound.under_way():
+        inbound = session.inbound
+        for sent in inbound.under_way():
             envelope = Envelope(stanza=sent.raw)
             fill(envelope)
-            if envelope.kind == IQ and envelope.type in REQUESTS and session.inbound.is_safe(sent.number):
+            if envelope.kind == IQ and envelope.type in REQUESTS and inbound.is_done(sent.number):
                 envelope.answered = (normal(sent.to), sent.id) not in session.asked
             elif envelope.kind == MESSAGE:
-                envelope.answered = session.inbound.is_safe(sent.number)  # it may have come back
+                envelope.answered = inbound.is_done(sent.number)  # it may have come back
             self.copy_sent(session, envelope)
 
     def _begin_copy(self, session: Session, message: SessionBound | SessionAttached) -> None:

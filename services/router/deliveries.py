@@ -138,6 +138,8 @@ class Deliveries:
             if asked is None:
                 return  # nobody asked, or was told already that there is no answer
             number = asked.number
+        if envelope.target == session.id:
+            session.inbound.answered(envelope.answers)
         self.deliver(session, envelope, answers=number)
 
     def _is_new(self, session: Session, envelope: Envelope) -> bool:

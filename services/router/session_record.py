@@ -46,7 +46,7 @@ def record_of(session: Session, asked: Iterable[tuple[str, str, float]], left: f
     for sent in inbound.repeatable():
         record.unconfirmed.add(
             number=sent.number, kind=sent.kind, id=sent.id, to_jid=sent.to, stanza=sent.raw,
-            answered=inbound.is_known_safe(sent),
+            answered=inbound.is_known_done(sent),
         )  # fmt: skip
     for number, id_ in session.unmarked:
         record.unconfirmed_messages.add(delivery=number, id=id_)

@@ -62,8 +62,8 @@ class Inbound:
     """
 
     __slots__ = (
-        "_again", "_counted", "_open", "_unknown", "before", "counts", "handled", "last", "number", "resumed_at",
-        "revived",
+        "_again", "_answered", "_counted", "_open", "_unknown", "before", "counts", "handled", "last", "number",
+        "resumed_at", "revived",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -71,6 +71,8 @@ class Inbound:
         self.number = 0
         # By number, what has to happen yet; in rising order.
         self._open: dict[int, int] = {}
+        # Those of them that the session has got its answer to: a result, or an error.
+        self._answered: set[int] | frozenset[int] = NONE
         # Whether the client counts; and then: how many stanzas since <enable/> are in `h`, and those that follow,
         # in the order in which they came on the present stream.
         self.counts = False
@@ -118,8 +120,17 @@ class Inbound:
         if left < 0:
             return False
         del self._open[number]
+        if self._answered:
+            self._answered -= {number}
         self._advance()
         return True
+
+    def answered(self, number: int) -> None:
+        """The session gets the answer to a stanza, or an error. It is safe when all copies have that too; but who has
+        it from a record of the session must not deal with the stanza a second time."""
+        if number in self._open:
+            self._answered = self._answered or set()
+            self._answered |= {number}
 
     def _advance(self) -> None:
         if self.safe_through < self.before:
@@ -144,15 +155,16 @@ class Inbound:
         """All numbers up to this one are safe."""
         return next(iter(self._open), self.number + 1) - 1
 
-    def is_safe(self, number: int) -> bool:
-        return number not in self._open
+    def is_done(self, number: int) -> bool:
+        """Whether a stanza is safe, or is as soon as a record of the session is that is made now."""
+        return number not in self._open or number in self._answered
 
-    def is_known_safe(self, sent: Sent) -> bool:
-        """Of what the client may repeat: whether it is known to be dealt with, and safe, and all before <enable/>."""
+    def is_known_done(self, sent: Sent) -> bool:
+        """Of what the client may repeat: whether that is known, and of all before <enable/>."""
         if sent.safe:
             return True
         known = sent.number not in self._unknown
-        return known and self.is_safe(sent.number) and self.safe_through >= self.before
+        return known and self.is_done(sent.number) and self.safe_through >= self.before
 
     def unsafe(self) -> list[int]:
         return list(self._open)

@@ -380,18 +380,27 @@ async def test_a_stream_that_ends_while_it_resumes_leaves_the_session_waiting(
     assert answer(attached).startswith(b"<resumed ")
 
 
-async def test_a_holder_that_begins_learns_which_requests_under_way_have_their_answers(attached: Attached) -> None:
-    """Else the router that carries the session on from there would answer them again."""
+@pytest.mark.parametrize("old", [False, True], ids=["which are safe", "which others may not have"])
+async def test_a_holder_that_begins_learns_what_under_way_has_its_answer(attached: Attached, old: bool) -> None:
+    """Else the router that carries the session on from there would answer again. It has the answers too, so it does
+    not matter whether those who had the copies before do."""
     romeo, juliet = await resumable(attached, "romeo"), await resumable(attached, "juliet")
     attached.router.stores.messages.away = True  # type: ignore[attr-defined]
+    romeo.holder = attached.link
+    if old:
+        romeo.old_copies = frozenset((attached.link,))
     sent(attached, romeo, "1", juliet)
-    for id_, to in (("2", HOST), ("3", juliet.jid_text)):
+    for id_, to in (("2", HOST), ("3", juliet.jid_text), ("5", "@")):
         raw = f"<iq type='get' id='{id_}' to='{to}'><query xmlns='x:y'/></iq>".encode()
         envelope = Envelope(
             origin=romeo.id, kind=IQ, type="get", id=id_, to_jid=to, children=["{x:y}query"], stanza=raw
         )
         attached.link.receive(AttachRequest(envelopes=[envelope]))
-    await romeo.lane.idle()
+    nobody = message("4", f"nobody@{HOST}")
+    nobody.origin = romeo.id
+    attached.link.receive(AttachRequest(envelopes=[nobody]))
+    await until(lambda: [got.type for _, got in romeo.outbound.queue] == ["error"] * 3)  # type: ignore[union-attr]
+    assert len(romeo.inbound.unsafe()) == (4 if old else 1)
     attached.outbox.batch.Clear()
     attached.link._negotiator.copies._tickets = tickets = Tickets()
     tickets.start(bytes(32))
@@ -401,7 +410,17 @@ async def test_a_holder_that_begins_learns_which_requests_under_way_have_their_a
         ("1", "chat", False),
         ("2", "get", True),
         ("3", "get", False),
+        ("5", "get", True),
+        ("4", "chat", True),
     ]
+    break_off(attached, romeo)
+    await resume(attached, romeo, 0)
+    attached.link.hold(romeo)
+    begun = next(one.attached for one in attached.outbox.batch.commands if one.WhichOneof("command") == "attached")
+    known = {one.id: one.answered for one in begun.record.unconfirmed}
+    assert known == {"1": False, "2": True, "3": True, "4": True, "5": True}, (
+        "the third was passed on: its answer comes"
+    )
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["its own", "of another session"])
