@@ -107,7 +107,7 @@ class AccountDelivery:
             if action is Action.IGNORE:
                 return None
         taken = not item.resource and self.to_sessions_here(envelope, item)
-        if item.again and kind == MESSAGE and not item.resource and self.others:
+        if item.again and kind == MESSAGE and not item.resource and self._may_have_others(item.account):
             item.again = False
             return self._again(item, plan, taken, self._ids_here(item.account))
         if plan.nodes:
@@ -188,6 +188,10 @@ class AccountDelivery:
         store, when it has read what goes before it, and that nobody else has had it."""
         taker = next(filter(self._deliveries.takes, sessions), None)
         return taker.id if taker is not None else CLAIMED + sessions[0].id
+
+    def _may_have_others(self, account: str) -> bool:
+        """Whether an account may have sessions at other routers, or at one that is gone."""
+        return bool(self.others) or not self.is_settled(account)
 
     def _may_move(self, account: str) -> bool:
         """Whether sessions of an account may be on their way to another router."""

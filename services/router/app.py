@@ -316,15 +316,15 @@ class Router:
         return node is not None and node.state in (NodeState.UP, NodeState.SUSPECT)
 
     def _view_changed(self, view: ClusterView) -> None:
-        """The order matters: links first, for the strategy may use them; what they give back goes by the new view;
-        then sessions move."""
+        """The order matters: first it is known whose sessions wait to be taken over; then links, for the strategy may
+        use them; what they give back goes by the new view; then sessions move."""
+        self._orphans.view_changed(view)
         self._links.view_changed(view)
         self.routing.view_changed(view)
         self._forwarder.view_changed(view)
         self._links.view_applied(view)
         self._adoption.view_changed(view)
         self._hand_over.view_changed(view)
-        self._orphans.view_changed(view)
         self._api.view_changed(view)
         self._news.view_changed(view)
         self._stranded.view_changed(view)

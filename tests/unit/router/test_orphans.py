@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from services.router import orphans
 from services.router.schema import directed_presence
 from services.router.store import DirectedChange
-from tests.unit.router.nodes import HOST, Client, Nodes, at_home, running, soon
+from tests.unit.router.nodes import BIND, HOST, Client, Nodes, at_home, running, soon
 from tidings.xmpp.jid import Jid
 
 QUERY = "<query xmlns='jabber:iq:version'/>"
@@ -170,3 +170,55 @@ async def test_what_is_for_a_session_in_between_waits_and_nothing_else_does(
         assert "<iq" not in juliet.written
         await juliet.until("service-unavailable")
         assert await nodes.rows(romeo.local) == []
+
+
+def hangs(nodes: Nodes, name: str) -> None:
+    """From now on a router deals with nothing that others send to it."""
+    nodes.routers[name]._forwarder.incoming = lambda *_: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("strategy", ["home", "online-users", "broadcast"])
+async def test_what_nobody_stores_waits_for_a_session_in_between_though_no_other_router_is_left(
+    tmp_path: Path, strategy: str
+) -> None:
+    """RFC 6121 8.5.2.2.1: a headline is ignored where nobody is there. Drills, seed 28: the third router was just
+    starting again, and what came back from the second one was decided about before it was known whose sessions that
+    one had had."""
+    async with running(tmp_path, "a", "b", strategy=strategy) as nodes:
+        await nodes.up("a", "b")
+        romeo = await nodes.client(at_home("romeo", ab="a"), "a")
+        juliet = await nodes.client(at_home("juliet", ab="b"), "b")
+        await nodes.is_at("b", juliet.name)
+        hangs(nodes, "b")
+        link = nodes.routers["a"]._links._outgoing["b"]
+        romeo.say(f"{juliet.name}@{HOST}", 1, "headline")
+        await soon(lambda: bool(link._later), "the other router has it")
+        await nodes.kill("b")
+        await juliet.until("<body>1</body>")
+
+
+async def test_what_one_of_two_devices_has_had_waits_for_the_other_one_though_no_other_router_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its router had taken it and died: it is the other device's too (RFC 6121 8.5.2.1.1)."""
+    async with running(tmp_path, "a", "b", strategy="broadcast") as nodes:
+        await nodes.up("a", "b")
+        romeo, juliet = await nodes.client("romeo", "a"), await nodes.client("juliet", "b")
+        nodes.prefers = "a"
+        second = Client(nodes, juliet.name)
+        await second.open("<mechanisms")
+        await second.authenticate()
+        await second.open("<bind")
+        second.send(f"<iq type='set' id='b'><bind xmlns='{BIND}'><resource>s</resource></bind></iq><presence/>")
+        await second.until("<presence")
+        there = nodes.routers["b"].routing
+        monkeypatch.setattr(there.deliveries, "to_session", lambda *_: None)
+        monkeypatch.setattr(there._at_account._passing, "when_passed", lambda *_: None)
+        link = nodes.routers["a"]._links._outgoing["b"]
+        romeo.say(f"{juliet.name}@{HOST}", 1, "headline")
+        await soon(lambda: bool(link._unsafe), "the other router has taken it")
+        await second.until("<body>1</body>")
+        await nodes.kill("b")
+        await juliet.until("<body>1</body>")
+        await second.answered()
+        assert (juliet.numbers(), second.numbers()) == ([1], [1])
