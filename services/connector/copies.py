@@ -64,8 +64,11 @@ class Copies:
             copy.progress(progress)
 
     def _of(self, link: RouterLink, session: str) -> SessionCopy | None:
+        """The copy of a session that a router has. One that was brought to another router is that one's: it goes on
+        from what it was brought, and gives the same numbers to something else."""
         copy = self._copies.get(session)
-        return copy if copy is not None and copy.router == link.node.incarnation else None
+        is_its = copy is not None and copy.router == link.node.incarnation and session not in self._brought
+        return copy if is_its else None
 
     def command(self, link: RouterLink, command: StreamCommand) -> None:
         """Does what a router says of a session without a stream."""
@@ -85,7 +88,7 @@ class Copies:
             copy.attached(command.attached.ticket, link.node.incarnation)
             self._brought.pop(session, None)
         elif which == "state":
-            if copy.router == link.node.incarnation:
+            if self._of(link, session) is not None:
                 copy.state(command.state)
         elif which == "moved":
             moves = self._brought.get(session, (link, 0))[1] + 1
@@ -96,8 +99,8 @@ class Copies:
             self.forget(session)
 
     def _forget_of(self, link: RouterLink, session: str) -> None:
-        copy, stream = self._copies.get(session), self._streams.by_session.get(session)
-        if copy is not None and copy.router == link.node.incarnation:
+        stream = self._streams.by_session.get(session)
+        if self._of(link, session) is not None:
             self.forget(session)
         if stream is not None and stream.link is link and stream.has_left:
             stream.copy = None  # its end, which is not told yet, must not keep it

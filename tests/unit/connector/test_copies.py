@@ -20,6 +20,7 @@ from tidings.api.router.v1.router_pb2 import (
     SessionBound,
     SessionProgress,
     StreamCommand,
+    SurrenderSession,
 )
 from tidings.cluster.node import Node
 from tidings.kit.module import MESSAGE
@@ -176,3 +177,33 @@ async def test_a_copy_is_brought_again_when_the_router_that_it_was_brought_to_is
     for gone, next_ in ((stream.old, stream.new), (stream.new, third)):
         stream.streams.copies.router_gone(gone)
         await until(lambda link=next_: stream.told(link) == ["attach"])  # type: ignore[misc]
+
+
+async def test_a_copy_that_was_brought_to_another_router_takes_nothing_more_from_the_one_that_had_it() -> None:
+    """That one may live, and only be out of the other one's reach. Drills, seed 111: what it gave to the session as
+    the copy was on its way got the number of what the next router gave; so that was not in the copy, and what the
+    next one had found in the store was in it twice."""
+    stream = resumable()
+    stream.old, stream.new = remote("old", stream), remote("new", stream)
+    held_at(stream.old, stream)
+    kept = stream.streams.copies
+    surrender = StreamCommand(session="s", surrender=SurrenderSession(router_incarnation="old"))
+    stream.new.receive(AttachResponse(sequence=1, commands=[surrender]))
+    before = kept._copies["s"]
+    given = Envelope(target="s", kind=MESSAGE, delivery=2, origin="o", number=2, stanza=b"<message id='old'/>")
+    sent = Envelope(target="s", kind=MESSAGE, id="2", stanza=b"<message id='2' to='romeo@example.org'/>")
+    state = SessionRecord(id="s", epoch=9, jid=RECORD.jid, resume_seconds=60)
+    late = [StreamCommand(session="s", state=state), StreamCommand(session="s", forget=ForgetSession())]
+    stream.old.receive(AttachResponse(sequence=4, envelopes=[given, sent]))
+    stream.old.receive(AttachResponse(sequence=5, progress=[SessionProgress(session="s", number=11)]))
+    stream.old.receive(AttachResponse(sequence=6, commands=late))
+    taken = StreamCommand(session="s", attached=SessionAttached(ticket=b"t3"))
+    stream.new.receive(AttachResponse(sequence=2, commands=[taken]))
+    given.stanza = b"<message id='new'/>"
+    stream.new.receive(AttachResponse(sequence=3, envelopes=[given]))
+    copy = kept._copies["s"]
+    assert copy is before
+    assert copy.record is not None
+    assert (copy.router, copy.record.epoch, copy.record.number) == ("new", 3, 9)
+    assert [one.raw for one in copy._delivered] == [b"<message id='2'/>", b"<message id='new'/>"]
+    assert [one.id for one in copy._sent] == ["1"]
