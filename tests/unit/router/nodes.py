@@ -156,8 +156,9 @@ class Client:
     peer = ("192.0.2.1", 5222)
     slow = False
 
-    def __init__(self, nodes: Nodes, name: str) -> None:
+    def __init__(self, nodes: Nodes, name: str, resource: str = "r") -> None:
         self.name = name
+        self._resource = resource
         self.written = ""
         self.closed = False
         self._reading = True
@@ -220,7 +221,7 @@ class Client:
 
     def bind(self) -> None:
         self.written = ""
-        self.send(f"<iq type='set' id='b'><bind xmlns='{BIND}'><resource>r</resource></bind></iq>")
+        self.send(f"<iq type='set' id='b'><bind xmlns='{BIND}'><resource>{self._resource}</resource></bind></iq>")
 
     async def come_silently(self) -> None:
         """Logs in, and sends no presence."""

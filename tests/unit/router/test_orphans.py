@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from services.router import orphans
 from services.router.schema import directed_presence
 from services.router.store import DirectedChange
-from tests.unit.router.nodes import BIND, HOST, Client, Nodes, at_home, running, soon
+from tests.unit.router.nodes import HOST, Client, Nodes, at_home, running, soon
 from tidings.xmpp.jid import Jid
 
 QUERY = "<query xmlns='jabber:iq:version'/>"
@@ -205,12 +205,8 @@ async def test_what_one_of_two_devices_has_had_waits_for_the_other_one_though_no
         await nodes.up("a", "b")
         romeo, juliet = await nodes.client("romeo", "a"), await nodes.client("juliet", "b")
         nodes.prefers = "a"
-        second = Client(nodes, juliet.name)
-        await second.open("<mechanisms")
-        await second.authenticate()
-        await second.open("<bind")
-        second.send(f"<iq type='set' id='b'><bind xmlns='{BIND}'><resource>s</resource></bind></iq><presence/>")
-        await second.until("<presence")
+        second = Client(nodes, juliet.name, "s")
+        await second.log_in()
         there = nodes.routers["b"].routing
         monkeypatch.setattr(there.deliveries, "to_session", lambda *_: None)
         monkeypatch.setattr(there._at_account._passing, "when_passed", lambda *_: None)
