@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from services.router import read_back
 from services.router.deliveries import Deliveries
 from services.router.message_queue import WriteQueue
 from services.router.messages_sql import SqlMessageStore
@@ -18,7 +19,7 @@ from tidings.xmpp.stream import ServerStream
 from tidings.xmpp.stream_management import NOTHING, Inbound
 
 
-def _instead(of: type, name: str, make: Callable[[Any], Any]) -> None:
+def _instead(of: Any, name: str, make: Callable[[Any], Any]) -> None:
     """Puts into the place of a method what is made of it."""
     setattr(of, name, make(getattr(of, name)))
 
@@ -139,7 +140,7 @@ def live_before_stored() -> None:
 
 
 def groups_reversed() -> None:
-    """Messages are stored in another order than that in which they came."""
+    """Messages are stored in another order than that in which they came, and read as they are stored."""
 
     def make(take: Any) -> Any:
         def planted(self: Any, *most: int) -> Any:
@@ -149,6 +150,8 @@ def groups_reversed() -> None:
         return planted
 
     _instead(WriteQueue, "take", make)
+    # Who reads them would put those of each sender in order by their numbers.
+    _instead(read_back, "in_order", lambda _: list)
 
 
 # --- whose session it is ---
