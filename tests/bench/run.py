@@ -101,7 +101,7 @@ def measure(installation: Installation, label: str, mode: str, *words: str) -> F
     print(f"  {label} …", flush=True)
     figures = medians(label, [drive(installation, mode, *words) for _ in range(RUNS)])
     # Told at once: who has waited for so long keeps it, whatever happens to the rest.
-    print(f"  {figures.per_second:,.0f} a second, {figures.cpu:.1f} µs, p99 {figures.p99:.2f} ms", flush=True)
+    print(table([figures])[-1], flush=True)
     return figures
 
 

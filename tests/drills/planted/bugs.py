@@ -6,6 +6,7 @@ The server knows nothing of them. A process that is to have one finds this folde
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from services.router import read_back
@@ -19,8 +20,8 @@ from tidings.xmpp.stream import ServerStream
 from tidings.xmpp.stream_management import NOTHING, Inbound
 
 
-def _instead(of: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Puts into the place of a method what is made of it."""
+def _instead(of: type | ModuleType, name: str, make: Callable[[Any], Any]) -> None:
+    """Puts into the place of a method or a function what is made of it."""
     setattr(of, name, make(getattr(of, name)))
 
 
