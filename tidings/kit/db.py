@@ -12,6 +12,7 @@ from random import random
 from typing import Any, Literal, TypeVar
 
 import aiomysql
+import aiosqlite
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import mysql
@@ -49,6 +50,9 @@ _BOUNDS = (
 SQLITE_PAUSE = 0.002
 # Seconds between two tries to take a lock for which SQLite does not wait.
 LOOK = 0.01
+# For the others it waits so long; for the lock to write a few milliseconds at a time, in which it looks four times.
+_WAIT = f"pragma busy_timeout = {int(CONNECT_TIMEOUT * 1000)}"
+_BEGIN = f"pragma busy_timeout = 10; begin immediate; {_WAIT}"
 POOL_SIZE = 8
 
 # Transactions that met another one are tried again, so often, after a pause of up to so many seconds, which doubles:
@@ -283,8 +287,8 @@ def _is_away(error: BaseException) -> bool:
         return True
     if isinstance(error, RuntimeError) and "handler is closed" in str(error):
         return True  # aiomysql under uvloop, for a connection that the server has closed
-    if isinstance(error, aiomysql.OperationalError | aiomysql.InterfaceError):
-        return True  # SQLAlchemy lets through what the driver says where no statement is executed
+    if isinstance(error, aiomysql.OperationalError | aiomysql.InterfaceError | sqlite3.OperationalError):
+        return True  # SQLAlchemy lets through what the driver says where no statement of its own is executed
     if not isinstance(error, DBAPIError):
         return False
     if isinstance(error, OperationalError | InternalError):
@@ -321,7 +325,7 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
         # Power loss costs nothing that was committed.
         cursor.execute("pragma synchronous = full")
         cursor.execute("pragma foreign_keys = on")
-        cursor.execute(f"pragma busy_timeout = {int(CONNECT_TIMEOUT * 1000)}")
+        cursor.execute(_WAIT)
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")
@@ -329,9 +333,29 @@ def _sqlite_engine(url: DatabaseUrl) -> AsyncEngine:
         # Taking the write lock at once: a transaction that reads first could not take it later. What only
         # reads needs no transaction: each statement sees one state.
         if connection.get_execution_options().get("tidings_write", True):
-            connection.exec_driver_sql("begin immediate")
+            driver: Any = connection.connection.dbapi_connection
+            driver.run_async(_take_write_lock)
 
     return engine
+
+
+async def _take_write_lock(connection: aiosqlite.Connection) -> None:
+    """SQLite looks for a lock ever less often, in the end every 100 ms, and hardly ever in the short gaps that other
+    processes leave. So it gives up soon here, and begins again."""
+    ends = time.monotonic() + CONNECT_TIMEOUT
+    while True:
+        try:
+            await connection.executescript(_BEGIN)
+            return
+        except sqlite3.OperationalError as error:
+            if not _is_locked(error) or time.monotonic() > ends:
+                await connection.executescript(_WAIT)
+                raise
+
+
+def _is_locked(error: sqlite3.OperationalError) -> bool:
+    # The lowest byte says what it is, those above say why.
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _write_ahead(cursor: Any) -> None:
@@ -343,7 +367,7 @@ def _write_ahead(cursor: Any) -> None:
             cursor.execute("pragma journal_mode = wal")
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > ends:
+            if not _is_locked(error) or time.monotonic() > ends:
                 raise
             time.sleep(LOOK)
 

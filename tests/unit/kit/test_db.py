@@ -129,3 +129,53 @@ async def test_a_transaction_that_stands_still_does_not_hold_up_others_for_long(
         await stopped.transaction(work)
         async with other.read() as connection:
             assert (await connection.execute(sa.text("select count from counters"))).scalar() == 2
+
+
+# Keeps the lock of SQLite for some ten milliseconds.
+COUNTED = sa.text(
+    "with recursive c (n) as (select 1 union all select n + 1 from c where n < 100000) select max(n) from c"
+)
+
+
+async def test_who_writes_little_gets_its_turn_beside_one_who_always_writes(tmp_path: Path) -> None:
+    """SQLite's lock is not fair: a registry could not write for seconds that nodes live, while clients logged in."""
+    url = DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")
+    async with opened(url) as busy, opened(url) as other:
+        async with other.write() as connection:
+            await connection.execute(sa.text("create table counters (count int)"))
+        turns = 0
+
+        async def always_write() -> None:
+            nonlocal turns
+            while True:
+                async with busy.write() as connection:
+                    await connection.execute(COUNTED)
+                turns += 1
+
+        writing = asyncio.get_running_loop().create_task(always_write(), name="the one who always writes")
+        try:
+            for _ in range(10):
+                async with other.write() as connection:
+                    await connection.execute(sa.text("insert into counters values (1)"))
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+        assert turns < 100
+
+
+async def test_a_lock_that_nobody_gives_back_is_a_database_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "CONNECT_TIMEOUT", 0.1)
+    url = DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")
+    async with opened(url) as holds, opened(url) as other:
+        await other.ping()
+        async with holds.write():
+            with pytest.raises(DatabaseAway, match="locked"):
+                async with other.write():
+                    raise AssertionError("two hold the lock")
+        async with other.write() as connection:
+            await connection.execute(sa.text("create table counters (count int)"))
+        async with other.read() as connection:
+            # Whoever reads waits for what it waits for.
+            assert (await connection.execute(sa.text("pragma busy_timeout"))).scalar() == 5000
