@@ -22,6 +22,7 @@ NEWS = 12
 RETRY = 0.5
 
 _COLOURS = {"up": "green", "joining": "yellow", "suspect": "yellow", "draining": "yellow", "failed": "red"}
+_TROUBLES = ("suspect", "draining", "failed")
 
 
 @click.command(context_settings=PASS_ON)
@@ -82,8 +83,7 @@ async def _watch(options: Any, as_json: bool, for_ever: bool = False) -> None:
             async for update in updates:
                 if update.HasField("snapshot"):
                     now = {node.hostname: _row(node_from(node)) for node in update.snapshot.nodes}
-                    happened = [("is there", row) for name, row in now.items() if not _same(row, known.get(name))]
-                    happened += [("left", row) for name, row in known.items() if name not in now]
+                    happened = _happened(known, now)
                     known = now
                 else:
                     kind = pb.NodeChangeKind.Name(update.change.kind).removeprefix("NODE_CHANGE_KIND_").lower()
@@ -99,9 +99,14 @@ async def _watch(options: Any, as_json: bool, for_ever: bool = False) -> None:
                     live.update(_picture(known, news), refresh=True)
 
 
-def _same(row: dict[str, Any], before: dict[str, Any] | None) -> bool:
-    """Whether nothing has happened to a node."""
-    return before is not None and all(row[key] == before[key] for key in ("incarnation", "state"))
+def _happened(known: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """What a whole list says that was not known, by name; who has failed is in the list, and not there."""
+    happened = []
+    for name, row in now.items():
+        before = known.get(name)
+        if before is None or any(row[key] != before[key] for key in ("incarnation", "state")):
+            happened.append((row["state"] if row["state"] in _TROUBLES else "is there", row))
+    return happened + [("left", row) for name, row in known.items() if name not in now]
 
 
 async def _updates(options: Any, for_ever: bool) -> AsyncGenerator[Any, None]:

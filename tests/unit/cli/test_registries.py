@@ -20,8 +20,8 @@ from tidings.api.registry.v1.registry_pb2_grpc import RegistryServiceStub, add_R
 from tidings.cli.app import Unreachable, make_table
 from tidings.cli.client import channel, channels_to_registries
 from tidings.cli.drain import _is_there
-from tidings.cli.nodes import HEADER, _cells, _row, _tell, _updates
-from tidings.cluster.node import Node
+from tidings.cli.nodes import HEADER, _cells, _happened, _row, _tell, _updates
+from tidings.cluster.node import Node, NodeState
 from tidings.kit.channel import Channels
 from tidings.kit.grpc_server import ClusterServer
 from tidings.kit.identity import Caller, Identities
@@ -122,3 +122,19 @@ def test_what_a_node_calls_itself_is_shown_as_it_is(text: str) -> None:
     assert shown.getvalue().count(text) == 4
     _tell(console, None, [], "failed", _row(node), 7, as_json=False)
     assert f"view 7  {text}  failed" in shown.getvalue()
+
+
+def test_a_whole_list_says_what_became_of_each_node_since() -> None:
+    """`make cluster` said of a node that was killed that it is there: the next one was asked, and told of all."""
+
+    def listed(**states: NodeState) -> dict[str, dict[str, Any]]:
+        return {name: _row(Node(name, f"{name}-1", "127.0.0.1", 5777, state=state)) for name, state in states.items()}
+
+    up = listed(n1=NodeState.UP, n2=NodeState.UP, n3=NodeState.UP)
+    now = listed(n1=NodeState.FAILED, n2=NodeState.UP, n4=NodeState.JOINING)
+    assert [(what, row["hostname"]) for what, row in _happened({}, now)] == [
+        ("failed", "n1"), ("is there", "n2"), ("is there", "n4"),
+    ]  # fmt: skip
+    assert [(what, row["hostname"]) for what, row in _happened(up, now)] == [
+        ("failed", "n1"), ("is there", "n4"), ("left", "n3"),
+    ]  # fmt: skip
