@@ -179,3 +179,18 @@ async def test_a_lock_that_nobody_gives_back_is_a_database_that_is_away(
         async with other.read() as connection:
             # Whoever reads waits for what it waits for.
             assert (await connection.execute(sa.text("pragma busy_timeout"))).scalar() == 5000
+
+
+async def test_who_gives_up_waiting_for_the_lock_does_not_get_it_later(tmp_path: Path) -> None:
+    """What asks for it is a thread, which goes on."""
+    url = DatabaseUrl("sqlite", path=tmp_path / "t.sqlite")
+    async with opened(url) as holds, opened(url) as other:
+        await other.ping()
+        for _ in range(20):
+            async with holds.write():
+                with pytest.raises(DatabaseAway):
+                    async with other.write(timeout=0.005):
+                        raise AssertionError("two hold the lock")
+            async with holds.write(timeout=1.0):
+                pass
+            await other.ping()
