@@ -53,6 +53,8 @@ DEALT_WITH = 1.0
 HUNG = frozenset(("hang node", "hang router", "hung between", "owner wakes"))
 # Seconds after which a server knows that a client has gone.
 KNOWN = 1.0
+# Seconds after a router has woken until the sessions are back there that were resumed elsewhere meanwhile.
+HOME = 5.0
 # Seconds by which a client may notice later than the server that its stream is lost, with XEP-0198 and without.
 NOTICED, PLAIN_NOTICED = 5.0, 25.0
 
@@ -204,10 +206,9 @@ class _Case:
             if "/" in sent.to and sent.to != self.lives[event.session].jid:
                 continue  # it was for a session that has gone: that pair's order is over
             leavers = self._leavers(event, sent)
-            early = bool(leavers) and sent.at < self.lives[event.session].began
             chains = [
                 (event.session, sent.session, sent.to if leavers else "", early, fell)
-                for fell in (self._may_have_fallen(event, sent, leavers) if early else (False,))
+                for early, fell in self._ways(event, sent, leavers)
             ]
             place = self.place[sent.session, sent.key]
             before = [last.get(chain, (-1, "")) for chain in chains]
@@ -216,6 +217,23 @@ class _Case:
                 yield Finding(DISORDERED, event.key, f"{event.session} got it behind {before[0][1]}")
             else:
                 last[chains[before.index(follows)]] = (place, event.key)
+
+    def _ways(self, event: Received, sent: Sent, leavers: Sequence[Life]) -> Sequence[tuple[bool, bool]]:
+        """How it may have come: by way of a leaver or not, and whether that one had had it."""
+        heir = self.lives[event.session]
+        if leavers and sent.at < heir.began:
+            return [(True, fell) for fell in self._may_have_fallen(event, sent, leavers)]
+        if leavers and sent.to == heir.account and self._was_apart(heir, sent.at):
+            return [(False, False), (True, False)]
+        return [(False, False)]
+
+    def _was_apart(self, life: Life, at: float) -> bool:
+        """Whether a session may not have been at its account's router then: that stood still when it was resumed."""
+        return any(
+            fault.what in HUNG and fault.at <= resumed <= fault.healed and resumed <= at <= fault.healed + HOME
+            for fault in self.faults
+            for resumed, _ in life.spans[1:]
+        )
 
     def _leavers(self, event: Received, sent: Sent) -> list[Life]:
         """The other sessions of the account that could have had it: that lived beside this one, as far as the server could

@@ -128,3 +128,29 @@ def test_what_was_sent_to_a_session_itself_is_no_heritage() -> None:
 
     assert story().deliver("b2", "2", "1", "3").found() == []
     assert story().deliver("b2", "3", "1", "2").found() == [DISORDERED]
+
+
+def test_a_session_that_was_resumed_while_its_router_stood_still_may_be_passed_over_until_it_is_back_there() -> None:
+    """Drills, long seed 0: what was for the account went to its other device alone, and fell to this one when that ended."""
+
+    def story(what: str, later: float = 0.0, resumed: bool = True) -> Story:
+        sent = both().begin("b2", B2)
+        began = sent.at
+        if resumed:
+            sent.cut("b").wait(3).resume("b")
+        sent.events.append(Fault(began, "", what, sent.at + 1))
+        return (
+            sent.wait(1 + later).send("a", "1", "b@x").wait(1.5).send("a", "2", "b@x").send("a", "3", "b@x").cut("b2")
+        )
+
+    assert story("owner wakes").deliver("b", "2", "3").end("b2").deliver("b", "1").found() == []
+    assert story("owner wakes").deliver("b", "1", "2", "3").end("b2").found() == []
+    for told in (
+        # Nothing stood still; it stayed where it was; it was back.
+        story("kill node").deliver("b", "2", "3").end("b2").deliver("b", "1"),
+        story("owner wakes", resumed=False).deliver("b", "2", "3").end("b2").deliver("b", "1"),
+        story("owner wakes", later=6).deliver("b", "2", "3").end("b2").deliver("b", "1"),
+        # What falls to it is in order itself, and so is what comes to it.
+        story("owner wakes").deliver("b", "3").end("b2").deliver("b", "2", "1"),
+    ):
+        assert told.found() == [DISORDERED]
