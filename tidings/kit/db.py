@@ -287,14 +287,16 @@ def _is_away(error: BaseException) -> bool:
         return True
     if isinstance(error, RuntimeError) and "handler is closed" in str(error):
         return True  # aiomysql under uvloop, for a connection that the server has closed
-    if isinstance(error, aiomysql.OperationalError | aiomysql.InterfaceError | sqlite3.OperationalError):
+    if isinstance(error, aiomysql.OperationalError | aiomysql.InterfaceError):
         return True  # SQLAlchemy lets through what the driver says where no statement of its own is executed
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode != sqlite3.SQLITE_ERROR  # which is a statement that is wrong
     if not isinstance(error, DBAPIError):
         return False
     if isinstance(error, OperationalError | InternalError):
         # Full, read-only, without a quorum, another password: it may pass, and nobody must die of it meanwhile. Only
-        # SQLite says the same of statements that are wrong.
-        return getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
+        # SQLite's driver says the same of statements that are wrong.
+        return not isinstance(error.orig, sqlite3.OperationalError) or _is_away(error.orig)
     return error.connection_invalidated
 
 
